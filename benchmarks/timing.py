@@ -1,0 +1,256 @@
+"""The only timer: seconds per call of a JAX or a PyTorch callable.
+
+JAX: one jitted `fori_loop` with a static trip count, so that host dispatch is outside
+the figure. One element of every result goes back into the first argument, so that no
+call can be hoisted or dropped. The same loop around nothing is timed at two trip
+counts, and what it costs is subtracted.
+
+PyTorch: the same number of calls captured as one CUDA graph and timed by CUDA events;
+a plain loop where capture fails.
+
+The last-level cache is not flushed between calls: a workload's operands are larger.
+"""
+
+import dataclasses
+import functools
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Step = Callable[..., Any]
+"""Takes the looped array and the fixed ones, returns arrays."""
+
+DEFAULT_SAMPLE_SECONDS = 0.03
+_MAX_TRIPS = 8192
+_MIN_TRIPS = 2
+_EMPTY_TRIPS = (1, 1000)
+_EMPTY_SAMPLES = 5
+_CLOCK_SECONDS = 1e-7  # no sample is shorter than the clock can tell
+
+
+class Sampler(Protocol):
+    """Something that can be timed again and again."""
+
+    trips: int
+    overhead: float
+    """Seconds per call that the loop costs and that the samples leave out."""
+
+    def sample(self) -> float:
+        """Returns the seconds per call of one sample."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What the samples of one contender say."""
+
+    seconds: float
+    """The median."""
+    spread: float
+    """(90th percentile - 10th percentile) / median."""
+    samples: int
+    trips: int
+    overhead: float
+
+
+def summarise(samples: Sequence[float], sampler: Sampler) -> Summary:
+    """Returns the median and the spread of a sampler's samples."""
+    low, median, high = np.percentile(samples, (10, 50, 90))
+    return Summary(
+        seconds=float(median),
+        spread=float((high - low) / median),
+        samples=len(samples),
+        trips=sampler.trips,
+        overhead=sampler.overhead,
+    )
+
+
+def loop(step: Step, trips: int) -> Callable[..., jax.Array]:
+    """Returns a jitted function that runs a step `trips` times, chained.
+
+    Args:
+        step: called as step(first, *rest); returns a pytree of arrays.
+        trips: the static trip count.
+
+    Returns:
+        A function of (first, *rest) that returns `first` with its first element
+        overwritten.
+    """
+
+    def run(first: jax.Array, *rest: Any) -> jax.Array:
+        def body(_: Any, first: jax.Array) -> jax.Array:
+            # Without the barrier XLA could compute the one element that is read.
+            results = jax.lax.optimization_barrier(step(first, *rest))
+            return _feed(first, jax.tree.leaves(results))
+
+        return jax.lax.fori_loop(0, trips, body, first)
+
+    return jax.jit(run)
+
+
+def _feed(first: jax.Array, results: Sequence[jax.Array]) -> jax.Array:
+    element = sum(
+        (r[(0,) * r.ndim].astype(jnp.float32) for r in results), jnp.float32(0)
+    )
+    # The clip keeps an element that is fed to itself for thousands of steps finite.
+    bounded = jnp.clip(element, -1, 1).astype(first.dtype)
+    update = bounded.reshape((1,) * first.ndim)
+    return jax.lax.dynamic_update_slice(first, update, (0,) * first.ndim)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopCost:
+    """What a loop costs beside its step: seconds per run and seconds per trip."""
+
+    run: float
+    trip: float
+
+    def of(self, trips: int) -> float:
+        """Returns the seconds to subtract from a run of `trips` trips."""
+        return self.run + self.trip * trips
+
+
+@functools.cache
+def empty_loop_cost(
+    shape: tuple[int, ...], dtype: jnp.dtype, num_results: int
+) -> LoopCost:
+    """Returns what the loop around nothing costs, from two trip counts.
+
+    Args:
+        shape: of the array that is looped over.
+        dtype: of that array.
+        num_results: how many results the real step reads an element of.
+    """
+
+    def nothing(first: jax.Array) -> list[jax.Array]:
+        # One element each: a whole array behind the loop's barrier may be copied.
+        return [first[(0,) * first.ndim]] * num_results
+
+    first = jnp.ones(shape, dtype)
+    few, many = _EMPTY_TRIPS
+    short, long = (_median_run(loop(nothing, trips), first) for trips in (few, many))
+    per_trip = max(long - short, 0.0) / (many - few)
+    return LoopCost(run=max(short - per_trip * few, 0.0), trip=per_trip)
+
+
+def _median_run(run: Callable[..., jax.Array], *arguments: Any) -> float:
+    jax.block_until_ready(run(*arguments))
+    return statistics.median(_seconds(run, *arguments) for _ in range(_EMPTY_SAMPLES))
+
+
+def _seconds(run: Callable[..., jax.Array], *arguments: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run(*arguments))
+    return time.perf_counter() - start
+
+
+def trips_for(seconds_per_call: float, sample_seconds: float) -> int:
+    """Returns how many calls fill one sample."""
+    wanted = round(sample_seconds / max(seconds_per_call, 1e-9))
+    return min(max(wanted, _MIN_TRIPS), _MAX_TRIPS)
+
+
+class JaxSampler:
+    """Times a JAX step."""
+
+    def __init__(
+        self,
+        step: Step,
+        first: jax.Array,
+        rest: Sequence[Any],
+        *,
+        guess: float,
+        sample_seconds: float = DEFAULT_SAMPLE_SECONDS,
+    ) -> None:
+        """Compiles, warms up, and settles the trip count.
+
+        Args:
+            step: called as step(first, *rest).
+            first: the array that an element of every result is written to.
+            rest: the other arguments; any pytrees.
+            guess: seconds per call, roughly; a bad one costs a second compilation.
+            sample_seconds: how long one sample should take.
+        """
+        self._arguments = (first, *rest)
+        results = jax.tree.leaves(jax.eval_shape(step, first, *rest))
+        self._cost = empty_loop_cost(first.shape, first.dtype, len(results))
+        self.overhead = self._cost.trip
+        self.trips = trips_for(guess, sample_seconds)
+        self._run = loop(step, self.trips)
+        elapsed = self._warm_up()
+        if not sample_seconds / 2 <= elapsed <= 2 * sample_seconds:
+            per_call = max(elapsed - self._cost.run, elapsed / 10) / self.trips
+            settled = trips_for(per_call, sample_seconds)
+            if settled != self.trips:
+                self.trips = settled
+                self._run = loop(step, self.trips)
+                self._warm_up()
+
+    def _warm_up(self) -> float:
+        jax.block_until_ready(self._run(*self._arguments))
+        return _seconds(self._run, *self._arguments)
+
+    def sample(self) -> float:
+        """Returns the seconds per call of one sample, the loop's own cost left out."""
+        elapsed = _seconds(self._run, *self._arguments)
+        return max(elapsed - self._cost.of(self.trips), _CLOCK_SECONDS) / self.trips
+
+
+class TorchSampler:
+    """Times a PyTorch callable of no arguments on the current CUDA device."""
+
+    overhead = 0.0
+
+    def __init__(
+        self,
+        call: Callable[[], Any],
+        stream: Any,
+        *,
+        sample_seconds: float = DEFAULT_SAMPLE_SECONDS,
+    ) -> None:
+        """Warms up, settles the number of calls, and captures them.
+
+        Args:
+            call: what is timed.
+            stream: the stream to capture on; a backward pass has to be captured on
+                the stream its forward pass ran on.
+            sample_seconds: how long one sample should take.
+        """
+        self._torch = importlib.import_module("torch")
+        self._call, self._stream, self.trips = call, stream, 3
+        self._run: Callable[[], Any] = self._plain
+        self.sample()
+        self.trips = trips_for(self.sample(), sample_seconds)
+        self._run = self._captured() or self._plain
+        self.is_graph = self._run != self._plain
+        self.sample()
+
+    def _plain(self) -> None:
+        for _ in range(self.trips):
+            self._call()
+
+    def _captured(self) -> Callable[[], Any] | None:
+        graph = self._torch.cuda.CUDAGraph()
+        try:
+            with self._torch.cuda.graph(graph, stream=self._stream):
+                self._plain()
+        except RuntimeError:
+            self._torch.cuda.synchronize()
+            return None
+        return graph.replay
+
+    def sample(self) -> float:
+        """Returns the seconds per call of one sample."""
+        start, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with self._torch.cuda.stream(self._stream):
+            start.record()
+            self._run()
+            end.record()
+        self._torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / self.trips

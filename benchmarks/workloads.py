@@ -1,0 +1,205 @@
+"""Named attention shapes and what each one costs.
+
+Every FLOP and byte that a figure or a roof is made of is counted here. Self-attention
+only: queries and keys have the same length.
+"""
+
+import dataclasses
+import re
+from typing import Literal
+
+Mode = Literal["fwd", "bwd", "both"]
+MODES: tuple[Mode, ...] = ("fwd", "bwd", "both")
+
+UNBOUNDED = (-1, -1)
+GRID_TOKENS = 16384
+GRID_WIDTH = 2048
+
+_SMOKE_PREFIX = "smoke"
+_BACKWARD_FLOPS = 2.5  # five products of the forward's size, the forward has two
+_LSE_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One attention shape with its options, in flash-attn's terms.
+
+    `window` is (left, right) in keys, -1 for no limit; `source` cites the paper or the
+    model that the shape is taken from.
+    """
+
+    name: str
+    batch: int
+    seqlen: int
+    heads: int
+    heads_k: int
+    head_dim: int
+    causal: bool = False
+    window: tuple[int, int] = UNBOUNDED
+    dropout_p: float = 0.0
+    softcap: float = 0.0
+    alibi: bool = False
+    source: str = ""
+
+    @property
+    def visible(self) -> tuple[int, int]:
+        """The window with the causal mask in it, (left, right), -1 for no limit."""
+        return (self.window[0], 0) if self.causal else self.window
+
+    @property
+    def q_shape(self) -> tuple[int, int, int, int]:
+        """Shape of q, out and their gradients."""
+        return self.batch, self.seqlen, self.heads, self.head_dim
+
+    @property
+    def k_shape(self) -> tuple[int, int, int, int]:
+        """Shape of k, v and their gradients."""
+        return self.batch, self.seqlen, self.heads_k, self.head_dim
+
+
+def score_pairs(workload: Workload) -> float:
+    """Returns how many (query, key) pairs one head computes.
+
+    S^2, half of it under a causal mask (the convention of the FlashAttention papers,
+    which leaves out the diagonal's half), the exact count under a window.
+    """
+    seqlen = workload.seqlen
+    if workload.window == UNBOUNDED:
+        return seqlen**2 / 2 if workload.causal else float(seqlen**2)
+    left, right = (seqlen if side < 0 else side for side in workload.visible)
+    return float(
+        sum(min(seqlen - 1, i + right) - max(0, i - left) + 1 for i in range(seqlen))
+    )
+
+
+def flops(workload: Workload, mode: Mode) -> float:
+    """Returns the floating-point operations of one call.
+
+    4 B H D pairs forward, 2.5 times that backward, the sum for both. What the forward
+    recomputes for the backward, and softmax, is not counted.
+    """
+    forward = (
+        4.0
+        * workload.batch
+        * workload.heads
+        * workload.head_dim
+        * score_pairs(workload)
+    )
+    shares = {"fwd": 1.0, "bwd": _BACKWARD_FLOPS, "both": 1.0 + _BACKWARD_FLOPS}
+    return forward * shares[mode]
+
+
+def least_bytes(workload: Workload, mode: Mode, itemsize: int = 2) -> int:
+    """Returns the bytes that any implementation has to move.
+
+    Forward: q, k, v, out and lse, each once. Backward: those, and dout, dq, dk, dv.
+    Both: the sum, since out and lse are written by one kernel and read by another.
+    """
+    tokens = workload.batch * workload.seqlen
+    query = tokens * workload.heads * workload.head_dim * itemsize
+    key = tokens * workload.heads_k * workload.head_dim * itemsize
+    lse = tokens * workload.heads * _LSE_BYTES
+    forward = 2 * query + 2 * key + lse
+    backward = 4 * query + 4 * key + lse
+    return {"fwd": forward, "bwd": backward, "both": forward + backward}[mode]
+
+
+def _grid() -> tuple[Workload, ...]:
+    lengths = (512, 1024, 2048, 4096, 8192, 16384)
+    return tuple(
+        Workload(
+            name=f"d{head_dim}_{'causal' if causal else 'full'}_s{seqlen}",
+            batch=GRID_TOKENS // seqlen,
+            seqlen=seqlen,
+            heads=GRID_WIDTH // head_dim,
+            heads_k=GRID_WIDTH // head_dim,
+            head_dim=head_dim,
+            causal=causal,
+            source="FlashAttention-3, arXiv:2407.08608, section 4.1",
+        )
+        for head_dim in (64, 128, 256)
+        for causal in (False, True)
+        for seqlen in lengths
+    )
+
+
+def _features() -> tuple[Workload, ...]:
+    options: dict[str, tuple[dict, str]] = {
+        "dropout": ({"dropout_p": 0.1}, "GPT-2's attn_pdrop; Radford et al. 2019"),
+        "alibi": ({"alibi": True}, "ALiBi, arXiv:2108.12409"),
+        "window": ({"window": (1024, -1)}, "Gemma 3's local layers, arXiv:2503.19786"),
+        "softcap": ({"softcap": 30.0}, "Grok-1's attention logits, xai-org/grok-1"),
+    }
+    return tuple(
+        Workload(
+            name=f"{feature}_d{head_dim}_s2048",
+            batch=GRID_TOKENS // 2048,
+            seqlen=2048,
+            heads=GRID_WIDTH // head_dim,
+            heads_k=GRID_WIDTH // head_dim,
+            head_dim=head_dim,
+            causal=True,
+            source=source,
+            **fields,
+        )
+        for feature, (fields, source) in options.items()
+        for head_dim in (128, 64)
+    )
+
+
+def _models() -> tuple[Workload, ...]:
+    llama = "Llama 3 8B, arXiv:2407.21783, table 3"
+    bert = "BERT-large, arXiv:1810.04805"
+    gpt2 = "GPT-2 124M, Radford et al. 2019"
+    return (
+        Workload("gqa_llama3_s2048", 8, 2048, 32, 8, 128, causal=True, source=llama),
+        Workload("gqa_llama3_s8192", 2, 8192, 32, 8, 128, causal=True, source=llama),
+        Workload("bert_large", 32, 512, 16, 16, 64, source=bert),
+        Workload("bert_large_dropout", 32, 512, 16, 16, 64, dropout_p=0.1, source=bert),
+        Workload("gpt2", 16, 1024, 12, 12, 64, causal=True, source=gpt2),
+        Workload(
+            "gpt2_dropout", 16, 1024, 12, 12, 64, True, dropout_p=0.1, source=gpt2
+        ),
+    )
+
+
+def _smoke() -> tuple[Workload, ...]:
+    source = "none: small enough to try the harness on a CPU"
+    return (
+        Workload(f"{_SMOKE_PREFIX}_full", 1, 128, 2, 2, 64, source=source),
+        Workload(f"{_SMOKE_PREFIX}_causal", 1, 128, 4, 2, 64, True, source=source),
+        Workload(
+            f"{_SMOKE_PREFIX}_features",
+            2,
+            64,
+            2,
+            2,
+            64,
+            True,
+            window=(32, -1),
+            dropout_p=0.1,
+            softcap=30.0,
+            alibi=True,
+            source=source,
+        ),
+    )
+
+
+WORKLOADS = (*_grid(), *_features(), *_models(), *_smoke())
+
+
+def select(pattern: str | None) -> tuple[Workload, ...]:
+    """Returns the workloads whose name matches a regular expression.
+
+    Args:
+        pattern: searched for in the name; None takes all but the smoke workloads.
+
+    Raises:
+        ValueError: nothing matches.
+    """
+    if pattern is None:
+        return tuple(w for w in WORKLOADS if not w.name.startswith(_SMOKE_PREFIX))
+    chosen = tuple(w for w in WORKLOADS if re.search(pattern, w.name))
+    if not chosen:
+        raise ValueError(f"no workload's name matches {pattern!r}")
+    return chosen

@@ -1,0 +1,231 @@
+// The extension module jax_flash_attn._native: what Python sees of the native side. Only
+// jax_flash_attn/_ffi.py imports it; its types are in jax_flash_attn/_native.pyi.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ffi/handlers.h"
+#include "launchers/attention_spec.h"
+#include "launchers/sm80_tiles.h"
+#include "launchers/specialization.h"
+#include "runtime/compiler.h"
+#include "runtime/device.h"
+#include "runtime/disk_cache.h"
+#include "runtime/driver_api.h"
+#include "runtime/kernel_cache.h"
+#include "runtime/nvrtc_api.h"
+#include "runtime/settings.h"
+
+namespace nb = nanobind;
+
+namespace jax_flash_attn::ffi {
+namespace {
+
+using launchers::AttentionShape;
+using launchers::AttentionSpec;
+using runtime::Status;
+using runtime::StatusCode;
+using runtime::StatusOr;
+
+void raise_if_error(const Status& status) {
+  if (status.ok()) return;
+  if (status.code() == StatusCode::kInvalidArgument)
+    throw nb::value_error(status.message().c_str());
+  if (status.code() == StatusCode::kUnimplemented) {
+    PyErr_SetString(PyExc_NotImplementedError, status.message().c_str());
+    throw nb::python_error();
+  }
+  throw std::runtime_error(status.message());
+}
+
+template <typename T>
+T value_or_raise(StatusOr<T> result) {
+  raise_if_error(result.status());
+  return std::move(result).value();
+}
+
+nb::dict registrations() {
+  const auto capsule = [](auto* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); };
+  nb::dict forward;
+  forward["initialize"] = capsule(flash_attention_forward_initialize);
+  forward["execute"] = capsule(flash_attention_forward_execute);
+  nb::dict backward;
+  backward["initialize"] = capsule(flash_attention_backward_initialize);
+  backward["execute"] = capsule(flash_attention_backward_execute);
+  nb::dict targets;
+  targets["flash_attention_forward"] = forward;
+  targets["flash_attention_backward"] = backward;
+  return targets;
+}
+
+void configure(std::string kernel_directory, std::string cache_directory, std::string nvrtc_path,
+               std::vector<std::string> nvrtc_directories, std::string dump_directory,
+               std::string version) {
+  runtime::configure({std::move(kernel_directory), std::move(cache_directory),
+                      std::move(nvrtc_path), std::move(nvrtc_directories),
+                      std::move(dump_directory), std::move(version)});
+}
+
+// One operation's kernels and its tiles in words.
+struct Kernels {
+  std::string tiles;
+  std::vector<launchers::KernelSpecialization> kernels;
+};
+
+StatusOr<Kernels> specialize(const std::string& operation, const AttentionSpec& spec,
+                             const AttentionShape& shape, const launchers::Target& target) {
+  if (operation == "forward") {
+    JFA_ASSIGN_OR_RETURN(auto forward, launchers::specialize_forward(spec, shape, target));
+    return Kernels{launchers::describe(forward.tiles), {forward.main}};
+  }
+  if (operation == "backward") {
+    JFA_ASSIGN_OR_RETURN(auto backward, launchers::specialize_backward(spec, shape, target));
+    return Kernels{launchers::describe(backward.tiles),
+                   {backward.preprocess, backward.main, backward.postprocess}};
+  }
+  return Status::invalid_argument("operation must be 'forward' or 'backward', got '" + operation +
+                                  "'.");
+}
+
+StatusOr<AttentionShape> shape_of(const std::string& dtype, int head_dim) {
+  AttentionShape shape;
+  if (dtype != "bfloat16" && dtype != "float16") {
+    return Status::invalid_argument("dtype must be 'bfloat16' or 'float16', got '" + dtype + "'.");
+  }
+  shape.element =
+      dtype == "bfloat16" ? launchers::Element::kBFloat16 : launchers::Element::kFloat16;
+  shape.head_dim = head_dim;
+  return shape;
+}
+
+AttentionSpec spec_of(const nb::dict& fields) {
+  AttentionSpec spec;
+  spec.softmax_scale = nb::cast<double>(fields["softmax_scale"]);
+  spec.window_left = nb::cast<std::int64_t>(fields["window_left"]);
+  spec.window_right = nb::cast<std::int64_t>(fields["window_right"]);
+  spec.top_left = nb::cast<bool>(fields["top_left"]);
+  spec.softcap = nb::cast<double>(fields["softcap"]);
+  spec.alibi = nb::cast<bool>(fields["alibi"]);
+  spec.dropout_p = nb::cast<double>(fields["dropout_p"]);
+  spec.deterministic = nb::cast<bool>(fields["deterministic"]);
+  spec.packing = nb::cast<std::string>(fields["packing"]);
+  return spec;
+}
+
+Kernels specialize_named(const std::string& operation, const nb::dict& fields,
+                         const std::string& dtype, int head_dim, const std::string& architecture) {
+  return value_or_raise(specialize(operation, spec_of(fields),
+                                   value_or_raise(shape_of(dtype, head_dim)),
+                                   value_or_raise(launchers::named_target(architecture))));
+}
+
+std::string tiles(const std::string& operation, const nb::dict& fields, const std::string& dtype,
+                  int head_dim, const std::string& architecture) {
+  return specialize_named(operation, fields, dtype, head_dim, architecture).tiles;
+}
+
+// Compiles an operation's kernels into the cache. `fresh`: compile even what the cache has, so that
+// the compiler's report is there.
+nb::list compile(const std::string& operation, const nb::dict& fields, const std::string& dtype,
+                 int head_dim, const std::string& architecture, bool fresh) {
+  const Kernels kernels = specialize_named(operation, fields, dtype, head_dim, architecture);
+  nb::list report;
+  for (const launchers::KernelSpecialization& kernel : kernels.kernels) {
+    runtime::CubinInfo info{};
+    Status status;
+    {
+      nb::gil_scoped_release release;
+      if (fresh) {
+        auto compiled = runtime::compile(kernel.request);
+        status = compiled.status();
+        if (compiled.ok()) info = {compiled->cubin, false, compiled->seconds, compiled->log};
+      } else {
+        auto cached = runtime::kernel_cache().cubin(kernel.request);
+        status = cached.status();
+        if (cached.ok()) info = *cached;
+      }
+    }
+    raise_if_error(status);
+    const runtime::ResourceUsage usage = runtime::parse_resource_usage(info.log);
+    nb::dict row;
+    row["entry"] = kernel.entry;
+    row["tiles"] = kernels.tiles;
+    row["source"] = kernel.request.source;
+    row["shared_bytes"] = kernel.shared_bytes;
+    row["from_disk"] = info.from_disk;
+    row["seconds"] = info.seconds;
+    row["cubin"] = nb::bytes(info.cubin.data(), info.cubin.size());
+    row["registers"] = usage.registers;
+    row["spill_bytes"] = usage.spill_store_bytes + usage.spill_load_bytes;
+    row["stack_bytes"] = usage.stack_bytes;
+    row["warnings"] = usage.warnings;
+    report.append(row);
+  }
+  return report;
+}
+
+nb::list devices() {
+  nb::list result;
+  for (const runtime::DeviceInfo& info : value_or_raise(runtime::all_devices())) {
+    nb::dict row;
+    row["ordinal"] = info.ordinal;
+    row["name"] = info.name;
+    row["compute_capability"] = info.compute_capability;
+    row["multiprocessors"] = info.multiprocessors;
+    row["architecture"] =
+        value_or_raise(launchers::device_target(info.compute_capability,
+                                                info.shared_bytes_per_block_optin))
+            .architecture;
+    result.append(row);
+  }
+  return result;
+}
+
+int driver_version() { return value_or_raise(runtime::driver())->version; }
+
+nb::dict nvrtc() {
+  const runtime::NvrtcApi* api = value_or_raise(runtime::nvrtc());
+  nb::dict result;
+  result["path"] = api->path;
+  result["version"] = std::to_string(api->major) + "." + std::to_string(api->minor);
+  return result;
+}
+
+nb::dict cache() {
+  const runtime::DiskCacheStats stats = runtime::disk_cache_stats();
+  nb::dict result;
+  result["directory"] = stats.directory;
+  result["enabled"] = stats.enabled;
+  result["reason_disabled"] = stats.reason_disabled;
+  result["entries"] = stats.entries;
+  result["bytes"] = stats.bytes;
+  return result;
+}
+
+void override_tiles(const std::string& operation, const std::string& text) {
+  raise_if_error(launchers::override_tiles(operation, text));
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+  module.def("registrations", &registrations);
+  module.def("configure", &configure, nb::arg("kernel_directory"), nb::arg("cache_directory"),
+             nb::arg("nvrtc_path"), nb::arg("nvrtc_directories"), nb::arg("dump_directory"),
+             nb::arg("version"));
+  module.def("tiles", &tiles, nb::arg("operation"), nb::arg("spec"), nb::arg("dtype"),
+             nb::arg("head_dim"), nb::arg("architecture"));
+  module.def("compile", &compile, nb::arg("operation"), nb::arg("spec"), nb::arg("dtype"),
+             nb::arg("head_dim"), nb::arg("architecture"), nb::arg("fresh") = false);
+  module.def("devices", &devices);
+  module.def("driver_version", &driver_version);
+  module.def("nvrtc", &nvrtc);
+  module.def("cache", &cache);
+  module.def("override_tiles", &override_tiles, nb::arg("operation"), nb::arg("tiles"));
+}
+
+}  // namespace jax_flash_attn::ffi

@@ -1,0 +1,33 @@
+// Addresses of one (batch, head) of a tensor and of per-head vectors. 64-bit throughout: 128k
+// tokens of 128 heads of 128 already have 2^31 elements.
+#pragma once
+
+#include <params/tensor_view.h>
+
+namespace jfa::attention {
+
+__device__ __forceinline__ unsigned short* head_address(const TensorView& view, int batch,
+                                                        int head) {
+  return static_cast<unsigned short*>(view.data) + batch % view.batches * view.batch_stride +
+         head * view.head_stride;
+}
+
+// A CTA's place in a grid of (tile, head, batch) with the tile fastest, as one dimension: the
+// batch that vmap folds together may pass the 65,535 limit of the other grid dimensions.
+// It is cheap to compute and costs registers to keep: kernels make one before their main loop and
+// another behind it, and the volatile read stops the compiler from merging the two.
+struct GridPlace {
+  int tile;
+  int head;
+  int batch;
+
+  __device__ __forceinline__ GridPlace(int tiles, int heads) {
+    unsigned index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    tile = index % tiles;
+    head = index / tiles % heads;
+    batch = index / tiles / heads;
+  }
+};
+
+}  // namespace jfa::attention

@@ -1,0 +1,98 @@
+// From raw products q.k to the scores that softmax sees, in units of log2: scale, softcap, ALiBi,
+// mask, in that order. A feature that Config leaves off leaves no instruction.
+#pragma once
+
+#include <attention/visible_range.cuh>
+#include <params/attention_params.h>
+#include <ptx/math.cuh>
+
+namespace jfa::attention {
+
+// Softmax works on exponent_scale * score. Without a transform the scale stays out of the scores
+// and costs nothing, being part of the fused multiply-add before each exponential; that needs a
+// positive scale, since the row maximum is taken before it. kScoresScaled says that the transform
+// has applied it.
+template <class Config>
+struct ScoreTransform {
+  float exponent_scale;
+  float scale_log2;     // softmax_scale * log2(e)
+  float softcap_input;  // 2 * softmax_scale * log2(e) / softcap
+  float softcap_log2;   // softcap * log2(e)
+  float slope_log2;     // ALiBi slope * log2(e)
+  int bottom_right;     // seqlen_k - seqlen_q
+
+  __device__ __forceinline__ ScoreTransform(const AttentionParams& params, int batch, int head)
+      : scale_log2(params.softmax_scale * ptx::kLog2E),
+        bottom_right(params.seqlen_k - params.seqlen_q) {
+    exponent_scale = Config::kScoresScaled ? 1.0f : scale_log2;
+    if constexpr (Config::kSoftcap) {
+      softcap_input = 2.0f * scale_log2 / params.softcap;
+      softcap_log2 = params.softcap * ptx::kLog2E;
+    }
+    if constexpr (Config::kAlibi) {
+      const float* slopes = static_cast<const float*>(params.slopes.data);
+      slope_log2 =
+          slopes[static_cast<long long>(batch % params.slopes.batches) * params.heads + head] *
+          ptx::kLog2E;
+    }
+  }
+
+  __device__ __forceinline__ float alibi_bias(int query, int key) const {
+    return -slope_log2 * fabsf(static_cast<float>(query + bottom_right - key));
+  }
+
+  template <class Acc, class Layout>
+  __device__ __forceinline__ void apply(Acc& scores, const Layout& layout) const {
+    if constexpr (Config::kScoresScaled) {
+#pragma unroll
+      for (int m = 0; m < Acc::kRowTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < Acc::kColumnTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float& score = scores.values[m][n][i];
+            if constexpr (Config::kSoftcap) {
+              // tanh(x) = 1 - 2 / (1 + e^2x), exact to fp32 rounding of its absolute value;
+              // tanh.approx has only 11 bits, which shows at large caps.
+              const float exponential = ptx::exp2_approx(score * softcap_input);
+              score = softcap_log2 -
+                      2.0f * softcap_log2 * ptx::reciprocal_approx(1.0f + exponential);
+            } else {
+              score *= scale_log2;
+            }
+            if constexpr (Config::kAlibi) {
+              score += alibi_bias(layout.query(m, i), layout.key(n, i));
+            }
+          }
+    }
+  }
+
+  // d(capped score) / d(scaled score) = 1 - tanh^2, from the probability that the score became:
+  // its log2 gives the score back, so that no copy of the scores is kept.
+  __device__ __forceinline__ float softcap_derivative(float prob, float lse_log2, int query,
+                                                      int key) const {
+    float score = ptx::log2_approx(prob) + lse_log2;
+    if constexpr (Config::kAlibi) score -= alibi_bias(query, key);
+    const float tanh_value = score / softcap_log2;
+    return 1.0f - tanh_value * tanh_value;
+  }
+};
+
+// Sets the scores that their query can't see to -inf, by index: what was computed there, from
+// padding or not, is never looked at.
+template <class Config, class Acc, class Layout>
+__device__ __forceinline__ void mask_scores(Acc& scores, const Layout& layout,
+                                            const VisibleRange<Config>& range) {
+#pragma unroll
+  for (int m = 0; m < Acc::kRowTiles; ++m)
+#pragma unroll
+    for (int n = 0; n < Acc::kColumnTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (!range.visible(layout.query(m, i), layout.key(n, i))) {
+          scores.values[m][n][i] = -ptx::infinity();
+        }
+      }
+}
+
+}  // namespace jfa::attention

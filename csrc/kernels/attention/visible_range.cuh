@@ -1,0 +1,63 @@
+// Which keys a run of queries can see, which queries can see a run of keys, and which tiles of the
+// score matrix the mask cuts. Query i sees key j where
+//   i + diagonal - window_left <= j <= i + diagonal + window_right  and  j < seqlen_k;
+// a side that Config leaves open has no limit.
+#pragma once
+
+#include <params/attention_params.h>
+
+namespace jfa::attention {
+
+struct Range {
+  int begin;
+  int end;
+
+  __device__ __forceinline__ bool empty() const { return begin >= end; }
+};
+
+template <class Config>
+struct VisibleRange {
+  int seqlen_q;
+  int seqlen_k;
+  int left;   // key j is visible to query i only if j >= i + left
+  int right;  // and only if j <= i + right
+
+  __device__ __forceinline__ explicit VisibleRange(const AttentionParams& params)
+      : seqlen_q(params.seqlen_q),
+        seqlen_k(params.seqlen_k),
+        left(params.diagonal - params.window_left),
+        right(params.diagonal + params.window_right) {}
+
+  __device__ __forceinline__ bool visible(int query, int key) const {
+    return key < seqlen_k && (!Config::kWindowRight || key <= query + right) &&
+           (!Config::kWindowLeft || key >= query + left);
+  }
+
+  // Key tiles that some query of [first_query, first_query + kTileQ) sees.
+  __device__ __forceinline__ Range key_tiles(int first_query) const {
+    const int last_query = min(first_query + Config::kTileQ, seqlen_q) - 1;
+    const int begin = Config::kWindowLeft ? max(0, first_query + left) : 0;
+    const int end = Config::kWindowRight ? min(seqlen_k, last_query + right + 1) : seqlen_k;
+    if (begin >= end) return {0, 0};
+    return {begin / Config::kTileK, (end + Config::kTileK - 1) / Config::kTileK};
+  }
+
+  // Query tiles that see some key of [first_key, first_key + kTileK).
+  __device__ __forceinline__ Range query_tiles(int first_key) const {
+    const int last_key = min(first_key + Config::kTileK, seqlen_k) - 1;
+    const int begin = Config::kWindowRight ? max(0, first_key - right) : 0;
+    const int end = Config::kWindowLeft ? min(seqlen_q, last_key - left + 1) : seqlen_q;
+    if (begin >= end) return {0, 0};
+    return {begin / Config::kTileQ, (end + Config::kTileQ - 1) / Config::kTileQ};
+  }
+
+  // Whether some score of the tile is hidden from a query that exists.
+  __device__ __forceinline__ bool cuts(int first_query, int first_key) const {
+    const int last_key = first_key + Config::kTileK - 1;
+    const int last_query = first_query + Config::kTileQ - 1;
+    return last_key >= seqlen_k || (Config::kWindowRight && last_key > first_query + right) ||
+           (Config::kWindowLeft && first_key < last_query + left);
+  }
+};
+
+}  // namespace jfa::attention

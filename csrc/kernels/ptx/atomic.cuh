@@ -1,0 +1,26 @@
+// Reductions into global memory and the flags that order CTAs.
+#pragma once
+
+namespace jfa::ptx {
+
+#if __CUDA_ARCH__ >= 900
+// global[0..3] += values, four separate fp32 additions with no order among threads.
+// Needs: `global` aligned to 16 bytes. Source: PTX ISA 9.7.13.7 (vector red, sm_90).
+__device__ __forceinline__ void reduce_add_4(float* global, const float (&values)[4]) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(values[0]),
+               "f"(values[1]), "f"(values[2]), "f"(values[3])
+               : "memory");
+}
+#endif
+
+__device__ __forceinline__ int load_acquire(const int* flag) {
+  int value;
+  asm volatile("ld.global.acquire.gpu.b32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_release(int* flag, int value) {
+  asm volatile("st.global.release.gpu.b32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+}  // namespace jfa::ptx

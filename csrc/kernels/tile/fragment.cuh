@@ -1,0 +1,150 @@
+// Accumulators of m16n8k16 products in registers, and products of shared tiles into them.
+//
+// In a 16x8 accumulator, lane l holds (row l/4, columns 2*(l%4), +1) in elements 0 and 1, and
+// (row l/4 + 8, the same columns) in elements 2 and 3. Two neighbours side by side, packed to 16
+// bits, are the A operand of the next product with no data movement.
+#pragma once
+
+#include <ptx/ldmatrix.cuh>
+#include <tile/shared_tile.cuh>
+
+namespace jfa::tile {
+
+// A warp's share of a product: kRowTiles x kColumnPairs blocks of 16x16.
+template <int kRowTileCount, int kColumnPairCount>
+struct Accumulator {
+  static constexpr int kRowTiles = kRowTileCount;
+  static constexpr int kColumnPairs = kColumnPairCount;
+  static constexpr int kColumnTiles = 2 * kColumnPairs;
+
+  float values[kRowTiles][kColumnTiles][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[m][n][i] = 0.0f;
+  }
+
+  __device__ __forceinline__ void scale(float factor) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[m][n][i] *= factor;
+  }
+};
+
+// An A operand read from shared memory: rows of the tile are rows of A.
+template <class Tile, int kRowStride>
+struct RowOperand {
+  LaneView<Tile, SubTileOrder::kRowsFirst> view;
+
+  __device__ __forceinline__ void load(unsigned (&words)[4], int row_tile, int step) const {
+    ptx::ldmatrix_x4(words, view.at(row_tile * kRowStride, step));
+  }
+};
+
+// An A operand read from shared memory: columns of the tile are rows of A.
+template <class Tile, int kColumn16Stride>
+struct ColumnOperand {
+  LaneView<Tile, SubTileOrder::kColumnsFirst> view;
+
+  __device__ __forceinline__ void load(unsigned (&words)[4], int row_tile, int step) const {
+    ptx::ldmatrix_x4_transposed(words, view.at(step * 16, row_tile * kColumn16Stride));
+  }
+};
+
+// An A operand in registers, packed from an accumulator.
+template <int kRowTiles, int kSteps>
+struct RegisterOperand {
+  unsigned words[kRowTiles][kSteps][4];
+
+  template <class Element>
+  __device__ __forceinline__ void pack(const Accumulator<kRowTiles, kSteps>& source) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        const auto& left = source.values[m][2 * k];
+        const auto& right = source.values[m][2 * k + 1];
+        words[m][k][0] = Element::pack(left[0], left[1]);
+        words[m][k][1] = Element::pack(left[2], left[3]);
+        words[m][k][2] = Element::pack(right[0], right[1]);
+        words[m][k][3] = Element::pack(right[2], right[3]);
+      }
+  }
+
+  __device__ __forceinline__ void load(unsigned (&out)[4], int row_tile, int step) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = words[row_tile][step][i];
+  }
+};
+
+// A B operand whose columns are rows of the tile (the tile holds B transposed).
+template <class Tile, int kRowStride>
+struct TransposedOperand {
+  LaneView<Tile, SubTileOrder::kColumnsFirst> view;
+
+  __device__ __forceinline__ void load(unsigned (&words)[4], int step, int column_pair) const {
+    ptx::ldmatrix_x4(words, view.at(column_pair * kRowStride, step));
+  }
+};
+
+// A B operand stored as it is: rows of the tile are rows of B.
+template <class Tile, int kColumn16Stride>
+struct StraightOperand {
+  LaneView<Tile, SubTileOrder::kRowsFirst> view;
+
+  __device__ __forceinline__ void load(unsigned (&words)[4], int step, int column_pair) const {
+    ptx::ldmatrix_x4_transposed(words, view.at(step * 16, column_pair * kColumn16Stride));
+  }
+};
+
+// acc += A * B over kSteps steps of 16.
+// Threads: a whole warp.
+template <class Element, int kSteps, class Acc, class OperandA, class OperandB>
+__device__ __forceinline__ void multiply_accumulate(Acc& acc, const OperandA& a_operand,
+                                                    const OperandB& b_operand) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    unsigned a[Acc::kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < Acc::kRowTiles; ++m) a_operand.load(a[m], m, k);
+#pragma unroll
+    for (int n = 0; n < Acc::kColumnPairs; ++n) {
+      unsigned b[4];
+      b_operand.load(b, k, n);
+#pragma unroll
+      for (int m = 0; m < Acc::kRowTiles; ++m) {
+        Element::mma(acc.values[m][2 * n], a[m], b[0], b[1]);
+        Element::mma(acc.values[m][2 * n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Rounds an accumulator to 16 bits into a shared tile. Row tile m starts at row
+// first_row + m * kRowStride, column pair n at 16-block first_column16 + n * kColumn16Stride.
+// Threads: a whole warp.
+template <class Element, class Tile, int kRowStride, int kColumn16Stride, class Acc>
+__device__ __forceinline__ void store_accumulator(unsigned char* tile, const Acc& acc,
+                                                  int first_row, int first_column16) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < Acc::kRowTiles; ++m)
+#pragma unroll
+    for (int n = 0; n < Acc::kColumnTiles; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row + m * kRowStride + lane / 4 + 8 * half;
+        const int chunk = 2 * (first_column16 + n / 2 * kColumn16Stride) + n % 2;
+        *reinterpret_cast<unsigned*>(tile + Tile::offset(row, chunk) + lane % 4 * 4) =
+            Element::pack(acc.values[m][n][2 * half], acc.values[m][n][2 * half + 1]);
+      }
+}
+
+}  // namespace jfa::tile

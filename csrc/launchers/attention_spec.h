@@ -1,0 +1,36 @@
+// What one attention call computes: the members of AttentionSpec are, name for name, the fields of
+// jax_flash_attn/_spec.py and the attributes of the custom calls. A test compares the lists.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace jax_flash_attn::launchers {
+
+struct AttentionSpec {
+  double softmax_scale = 1.0;
+  std::int64_t window_left = -1;  // -1: unbounded
+  std::int64_t window_right = -1;
+  bool top_left = false;
+  double softcap = 0.0;  // 0: off
+  bool alibi = false;
+  double dropout_p = 0.0;
+  bool deterministic = false;
+  std::string packing = "none";  // "none", "kv", "qkv"
+
+  bool dropout() const { return dropout_p > 0.0; }
+};
+
+enum class Element { kBFloat16, kFloat16 };
+
+struct AttentionShape {
+  Element element = Element::kBFloat16;
+  std::int64_t batch = 0;
+  std::int64_t seqlen_q = 0;
+  std::int64_t seqlen_k = 0;
+  std::int64_t heads = 0;
+  std::int64_t heads_k = 0;
+  std::int64_t head_dim = 0;
+};
+
+}  // namespace jax_flash_attn::launchers

@@ -1,0 +1,46 @@
+// The tile table of the sm80 family: which tiles compute a call, by head dim, features and the shared
+// memory a CTA can have. This is the one place where tiles are decided.
+#pragma once
+
+#include <string>
+
+#include "launchers/attention_spec.h"
+#include "runtime/status.h"
+
+namespace jax_flash_attn::launchers {
+
+struct ForwardTiles {
+  int tile_q;
+  int tile_k;
+  int warps;
+  int ctas;  // per multiprocessor: caps the registers of a thread at 65536 / (ctas * threads)
+};
+
+struct BackwardTiles {
+  int tile_q;
+  int tile_k;
+  int warps;
+  int score_row_warps;  // of `warps`, how many lie along the rows of each of the three products
+  int key_row_warps;
+  int query_row_warps;
+  int stages;  // of q and dout
+  int ctas;
+};
+
+runtime::StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, int head_dim,
+                                              int shared_bytes_available);
+runtime::StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, int head_dim,
+                                                int shared_bytes_available);
+
+// Dynamic shared memory of the kernels built from these tiles (sm80/forward.cuh, sm80/backward.cuh).
+int forward_shared_bytes(const ForwardTiles& tiles, int head_dim);
+int backward_shared_bytes(const BackwardTiles& tiles, int head_dim);
+int backward_postprocess_shared_bytes(const BackwardTiles& tiles, int head_dim);
+
+// Replaces the table's choice in this process until it is called with an empty string: the numbers of
+// ForwardTiles or BackwardTiles in order, separated by commas. For tests and tuning.
+runtime::Status override_tiles(const std::string& operation, const std::string& tiles);
+// Grows with every override, so that whoever remembers a choice knows when it is out of date.
+int tiles_generation();
+
+}  // namespace jax_flash_attn::launchers

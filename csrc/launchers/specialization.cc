@@ -1,0 +1,184 @@
+#include "launchers/specialization.h"
+
+#include <cstdlib>
+
+namespace jax_flash_attn::launchers {
+namespace {
+
+using runtime::Status;
+using runtime::StatusOr;
+
+constexpr int kOldestComputeCapability = 80;
+constexpr int kPreprocessThreads = 256;  // portable/backward_preprocess.cuh
+
+void constant(std::string& text, const char* name, int value) {
+  text += std::string("  static constexpr int ") + name + " = " + std::to_string(value) + ";\n";
+}
+
+void constant(std::string& text, const char* name, bool value) {
+  text += std::string("  static constexpr bool ") + name + (value ? " = true;\n" : " = false;\n");
+}
+
+void element_constants(std::string& text, const AttentionShape& shape) {
+  text += std::string("  using Element = jfa::ptx::") +
+          (shape.element == Element::kBFloat16 ? "BFloat16" : "Float16") + ";\n";
+  constant(text, "kHeadDim", static_cast<int>(shape.head_dim));
+}
+
+// The part of a Config that says what is computed. A feature that is off is a constant, so it costs
+// nothing.
+void feature_constants(std::string& text, const AttentionSpec& spec) {
+  constant(text, "kWindowLeft", spec.window_left >= 0);
+  constant(text, "kWindowRight", spec.window_right >= 0);
+  constant(text, "kSoftcap", spec.softcap > 0.0);
+  constant(text, "kAlibi", spec.alibi);
+  constant(text, "kDropout", spec.dropout());
+  // attention/score_transform.cuh: only a positive scale can stay out of the scores.
+  constant(text, "kScoresScaled",
+           spec.softcap > 0.0 || spec.alibi || !(spec.softmax_scale > 0.0));
+}
+
+std::string program(const std::string& include, const std::string& config, int threads, int ctas,
+                    const std::string& entry, const std::string& params, const std::string& call) {
+  return "#include <" + include + ">\n\nstruct Config {\n" + config +
+         "};\n\nextern \"C\" __global__ void __launch_bounds__(" + std::to_string(threads) + ", " +
+         std::to_string(ctas) + ") " + entry + "(const __grid_constant__ jfa::" + params +
+         " params) {\n  extern __shared__ __align__(1024) unsigned char shared[];\n  " + call +
+         ";\n}\n";
+}
+
+Status check_head_dim(const AttentionShape& shape) {
+  if (shape.head_dim > 0 && shape.head_dim <= 256 && shape.head_dim % 8 == 0) return Status();
+  return Status::unimplemented("head_dim must be a multiple of 8 up to 256, got " +
+                               std::to_string(shape.head_dim) + ".");
+}
+
+Status check_fits(int shared_bytes, const Target& target) {
+  if (shared_bytes <= target.shared_bytes) return Status();
+  return Status::invalid_argument("The tiles need " + std::to_string(shared_bytes) +
+                                  " bytes of shared memory; " + target.architecture + " has " +
+                                  std::to_string(target.shared_bytes) + " for a CTA.");
+}
+
+}  // namespace
+
+StatusOr<Target> device_target(int compute_capability, int shared_bytes) {
+  if (compute_capability < kOldestComputeCapability) {
+    return Status::unimplemented("The kernels need compute capability 8.0 (Ampere) or newer; this "
+                                 "device has " +
+                                 std::to_string(compute_capability / 10) + "." +
+                                 std::to_string(compute_capability % 10) + ".");
+  }
+  JFA_ASSIGN_OR_RETURN(const std::vector<int> known, runtime::supported_architectures());
+  int best = 0;
+  for (const int architecture : known) {
+    if (architecture <= compute_capability && architecture / 10 == compute_capability / 10)
+      best = architecture;
+  }
+  if (best == 0) {
+    return Status::failed_precondition(
+        "This NVRTC does not compile for compute capability " +
+        std::to_string(compute_capability / 10) + "." + std::to_string(compute_capability % 10) +
+        ". Install a newer one: pip install --upgrade nvidia-cuda-nvrtc.");
+  }
+  return Target{"sm_" + std::to_string(best), shared_bytes};
+}
+
+StatusOr<Target> named_target(const std::string& architecture) {
+  const int number =
+      architecture.rfind("sm_", 0) == 0 ? std::atoi(architecture.c_str() + 3) : 0;
+  if (number < kOldestComputeCapability) {
+    return Status::invalid_argument("architecture must be sm_80 or newer, such as sm_90, got '" +
+                                    architecture + "'.");
+  }
+  // CUDA C++ Programming Guide, table of technical specifications: 163 KB for 8.0 and 8.7, 227 KB
+  // for 9.0 to 11.x, 99 KB for the other parts of Ampere, Ada and Blackwell.
+  const bool large = number >= 90 && number < 120;
+  const bool middle = number == 80 || number == 87;
+  return Target{architecture, (large ? 227 : middle ? 163 : 99) * 1024};
+}
+
+StatusOr<ForwardSpecialization> specialize_forward(const AttentionSpec& spec,
+                                                   const AttentionShape& shape,
+                                                   const Target& target) {
+  JFA_RETURN_IF_ERROR(check_head_dim(shape));
+  const int head_dim = static_cast<int>(shape.head_dim);
+  JFA_ASSIGN_OR_RETURN(const ForwardTiles tiles,
+                       forward_tiles(spec, head_dim, target.shared_bytes));
+  const int shared_bytes = forward_shared_bytes(tiles, head_dim);
+  JFA_RETURN_IF_ERROR(check_fits(shared_bytes, target));
+
+  std::string config;
+  element_constants(config, shape);
+  constant(config, "kTileQ", tiles.tile_q);
+  constant(config, "kTileK", tiles.tile_k);
+  constant(config, "kWarps", tiles.warps);
+  feature_constants(config, spec);
+  const std::string entry = "flash_forward_sm80";
+  const std::string source =
+      program("sm80/forward.cuh", config, tiles.warps * 32, tiles.ctas, entry,
+              "ForwardParams", "jfa::sm80::forward<Config>(params, shared)");
+  return ForwardSpecialization{
+      tiles, {{source, target.architecture}, entry, tiles.warps * 32, shared_bytes}};
+}
+
+StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
+                                                     const AttentionShape& shape,
+                                                     const Target& target) {
+  JFA_RETURN_IF_ERROR(check_head_dim(shape));
+  const int head_dim = static_cast<int>(shape.head_dim);
+  JFA_ASSIGN_OR_RETURN(const BackwardTiles tiles,
+                       backward_tiles(spec, head_dim, target.shared_bytes));
+  const int shared_bytes = backward_shared_bytes(tiles, head_dim);
+  JFA_RETURN_IF_ERROR(check_fits(shared_bytes, target));
+
+  std::string element;
+  element_constants(element, shape);
+  const std::string preprocess_entry = "flash_backward_preprocess";
+  const std::string preprocess =
+      program("portable/backward_preprocess.cuh", element, kPreprocessThreads, 1,
+              preprocess_entry, "BackwardParams",
+              "jfa::portable::backward_preprocess<Config>(params)");
+
+  std::string layout;
+  element_constants(layout, shape);
+  constant(layout, "kTileQ", tiles.tile_q);
+  constant(layout, "kTileK", tiles.tile_k);
+  constant(layout, "kWarps", tiles.warps);
+  constant(layout, "kScoreRowWarps", tiles.score_row_warps);
+  constant(layout, "kKeyRowWarps", tiles.key_row_warps);
+  constant(layout, "kQueryRowWarps", tiles.query_row_warps);
+  constant(layout, "kStages", tiles.stages);
+  const std::string postprocess_entry = "flash_backward_postprocess_sm80";
+  const std::string postprocess =
+      program("sm80/backward.cuh", layout, tiles.warps * 32, 1, postprocess_entry,
+              "BackwardParams", "jfa::sm80::backward_postprocess<Config>(params, shared)");
+
+  feature_constants(layout, spec);
+  constant(layout, "kDeterministic", spec.deterministic);
+  const std::string entry = "flash_backward_sm80";
+  const std::string source =
+      program("sm80/backward.cuh", layout, tiles.warps * 32, tiles.ctas, entry,
+              "BackwardParams", "jfa::sm80::backward<Config>(params, shared)");
+  return BackwardSpecialization{
+      tiles,
+      {{preprocess, target.architecture}, preprocess_entry, kPreprocessThreads, 0},
+      {{source, target.architecture}, entry, tiles.warps * 32, shared_bytes},
+      {{postprocess, target.architecture},
+       postprocess_entry,
+       tiles.warps * 32,
+       backward_postprocess_shared_bytes(tiles, head_dim)}};
+}
+
+std::string describe(const ForwardTiles& tiles) {
+  return "sm80 " + std::to_string(tiles.tile_q) + "x" + std::to_string(tiles.tile_k) + ", " +
+         std::to_string(tiles.warps) + " warps";
+}
+
+std::string describe(const BackwardTiles& tiles) {
+  return "sm80 " + std::to_string(tiles.tile_q) + "x" + std::to_string(tiles.tile_k) + ", " +
+         std::to_string(tiles.warps) + " warps, " + std::to_string(tiles.stages) +
+         (tiles.stages == 1 ? " stage" : " stages");
+}
+
+}  // namespace jax_flash_attn::launchers

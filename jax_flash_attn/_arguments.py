@@ -1,0 +1,246 @@
+"""From a user's arguments to canonical ones: every check that has a ValueError.
+
+Nothing here depends on where the call will run.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash_attn import _shapes, _spec, dropout
+
+FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+IMPLEMENTATIONS = ("auto", "cuda", "jax")
+
+
+def check_qkv(named: dict[str, jax.Array], packing: _spec.Packing) -> None:
+    """Checks ranks, dtypes and lengths of what carries q, k and v."""
+    _check_ranks(named, packing)
+    names = list(named)
+    first = names[0]
+    for name, x in named.items():
+        if x.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{name} must be bfloat16, float16, float32 or float64, got {x.dtype}."
+            )
+        if x.dtype != named[first].dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first}, {named[first].dtype}, got "
+                f"{x.dtype}."
+            )
+    if packing == "qkv":
+        return
+    q, k = named[names[0]], named[names[1]]
+    for name, x in list(named.items())[1:]:
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{name} must have the batch of {first}, {q.shape[0]}, got "
+                f"{x.shape[0]}: {name}.shape is {x.shape}."
+            )
+        if x.shape[-1] != q.shape[-1]:
+            raise ValueError(
+                f"{name} must have the head dim of {first}, {q.shape[-1]}, got "
+                f"{x.shape[-1]}: {name}.shape is {x.shape}."
+            )
+    heads, heads_k = q.shape[-2], k.shape[-2]
+    if heads_k == 0 or heads % heads_k:
+        raise ValueError(
+            f"{names[1]} must have a number of heads that divides the {heads} heads of "
+            f"{first}, got {heads_k}."
+        )
+    if packing == "none" and named[names[2]].shape != k.shape:
+        raise ValueError(
+            f"{names[2]} must have the shape of {names[1]}, {k.shape}, got "
+            f"{named[names[2]].shape}."
+        )
+
+
+def _check_ranks(named: dict[str, jax.Array], packing: _spec.Packing) -> None:
+    packed = {"none": None, "kv": ("kv", 2), "qkv": ("qkv", 3)}[packing]
+    for name, x in named.items():
+        if packed is not None and name == packed[0]:
+            parts = packed[1]
+            if x.ndim != 5 or x.shape[2] != parts:
+                raise ValueError(
+                    f"{name} must have shape (batch, seqlen, {parts}, heads, "
+                    f"head_dim), got {x.shape}."
+                )
+        elif x.ndim != 4:
+            raise ValueError(
+                f"{name} must have shape (batch, seqlen, heads, head_dim), got "
+                f"{x.shape}."
+            )
+        if x.shape[-1] == 0 or x.shape[-2] == 0:
+            raise ValueError(
+                f"{name} must have at least one head and one column, got shape "
+                f"{x.shape}."
+            )
+
+
+def static_number(value: Any, name: str) -> float:
+    """A finite Python float; refuses what is only known at run time."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} must be a Python number, known when the program is traced, got "
+            f"a traced value {value}. Multiply q by it instead, or close over it."
+        )
+    if isinstance(value, np.ndarray | jax.Array) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}.")
+    return float(value)
+
+
+def static_flag(value: Any, name: str) -> bool:
+    """A Python bool; refuses what is only known at run time."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def softmax_scale(value: Any, head_dim: int, name: str = "softmax_scale") -> float:
+    """The scale of the scores; 1 / sqrt(D) by default."""
+    if value is None:
+        return 1.0 / math.sqrt(head_dim)
+    return static_number(value, name)
+
+
+def softcap(value: Any) -> float:
+    """The cap of the scores; 0 is none."""
+    cap = static_number(value, "softcap")
+    if cap < 0.0:
+        raise ValueError(f"softcap must be 0 (off) or positive, got {cap}.")
+    return cap
+
+
+def dropout_p(value: Any, dropout_rng: Any) -> float:
+    """The share of probabilities that is dropped."""
+    p = static_number(value, "dropout_p")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {p}.")
+    if p > 0.0 and dropout_rng is None:
+        raise ValueError(
+            f"dropout_rng must be a JAX PRNG key when dropout_p is {p}, got None."
+        )
+    return p
+
+
+def window(
+    value: Any, causal: bool, name: str = "window_size"
+) -> tuple[int, int]:
+    """The window as (left, right); causal limits the right side to 0."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a pair (left, right) of ints, got {value!r}.")
+    if len(value) != 2:
+        raise ValueError(
+            f"{name} must be a pair (left, right), got {len(value)} values: {value!r}."
+        )
+    sides = []
+    for side in value:
+        if isinstance(side, bool) or not isinstance(side, numbers.Integral):
+            raise TypeError(f"{name} must hold two ints, got {value!r}.")
+        if side < -1:
+            raise ValueError(
+                f"{name} must hold sizes of at least 0, or -1 for no limit, got "
+                f"{value!r}."
+            )
+        sides.append(int(side))
+    left, right = sides
+    return left, 0 if causal else right
+
+
+def drop_idle_limits(
+    left: int, right: int, top_left: bool, seqlen_q: int, seqlen_k: int
+) -> tuple[int, int]:
+    """Replaces limits that hide no key of any query by -1.
+
+    Kernels for different limits are different programs; this keeps causal attention of
+    one query, say, from being one of its own.
+    """
+    diagonal = 0 if top_left else seqlen_k - seqlen_q
+    if left >= seqlen_q - 1 + diagonal:
+        left = _spec.UNBOUNDED
+    if right >= seqlen_k - 1 - diagonal:
+        right = _spec.UNBOUNDED
+    return left, right
+
+
+def slopes(value: Any, batch: int, heads: int) -> jax.Array | None:
+    """ALiBi slopes as (1 or batch, heads) float32, or None."""
+    if value is None:
+        return None
+    array = jnp.asarray(value)
+    if array.shape not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), got "
+            f"{array.shape}."
+        )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"alibi_slopes must be floats, got {array.dtype}.")
+    return jnp.atleast_2d(array.astype(jnp.float32))
+
+
+def dropout_keys(
+    value: Any, p: float, batch: int, heads: int
+) -> jax.Array | None:
+    """One Philox key per (batch, head), (batch, heads, 2) uint32, or None."""
+    if p == 0.0:
+        return None
+    array = jnp.asarray(value)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        if array.ndim != 0:
+            raise ValueError(
+                f"dropout_rng must be one PRNG key, got an array of keys of shape "
+                f"{array.shape}."
+            )
+    elif array.dtype != jnp.uint32 or array.ndim != 1:
+        raise TypeError(
+            "dropout_rng must be a JAX PRNG key (jax.random.key, or raw uint32 key "
+            f"data of rank 1), got {array.dtype} of shape {array.shape}."
+        )
+    return dropout.philox_keys(array, batch, heads)
+
+
+def implementation(value: Any) -> _spec.Implementation:
+    """Which implementation runs."""
+    if value not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
+            f"got {value!r}."
+        )
+    return value
+
+
+def make_spec(
+    qkv: Sequence[jax.Array],
+    packing: _spec.Packing,
+    *,
+    scale: float,
+    limits: tuple[int, int],
+    top_left: bool = False,
+    cap: float = 0.0,
+    alibi: bool = False,
+    p: float = 0.0,
+    deterministic: bool = False,
+) -> _spec.AttentionSpec:
+    """The spec of a call from checked arguments."""
+    dims = _shapes.dimensions(qkv, packing)
+    left, right = drop_idle_limits(*limits, top_left, dims.seqlen_q, dims.seqlen_k)
+    return _spec.AttentionSpec(
+        softmax_scale=scale,
+        window_left=left,
+        window_right=right,
+        top_left=top_left,
+        softcap=cap,
+        alibi=alibi,
+        dropout_p=p,
+        deterministic=deterministic,
+        packing=packing,
+    )

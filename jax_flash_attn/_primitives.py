@@ -1,0 +1,207 @@
+"""The forward and backward primitives: abstract values, lowering for each platform.
+
+Operands of `forward_p` are those of an `Operands` value in order; those of `backward_p`
+add out, lse, dout and, when `has_dlse`, dlse. Results are (out, lse) and the gradients
+of the operands that carry q, k and v.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir, xla
+
+from jax_flash_attn import _batching, _ffi, _shapes, _spec, _support, blockwise
+
+
+class Operands(NamedTuple):
+    """The array operands of a call: what carries q, k and v, then the optional ones."""
+
+    qkv: tuple[jax.Array, ...]
+    slopes: jax.Array | None
+    dropout_keys: jax.Array | None
+
+    def flat(self) -> list[jax.Array]:
+        """The operands in the order in which the primitives take them."""
+        optional = [x for x in (self.slopes, self.dropout_keys) if x is not None]
+        return [*self.qkv, *optional]
+
+
+def _split(
+    flat: Sequence[jax.Array], spec: _spec.AttentionSpec
+) -> tuple[Operands, list[jax.Array]]:
+    """Inverts `Operands.flat`; also returns the operands that follow."""
+    rest = list(flat)
+    qkv = tuple(rest.pop(0) for _ in range(_shapes.num_qkv(spec.packing)))
+    slopes = rest.pop(0) if spec.alibi else None
+    dropout_keys = rest.pop(0) if spec.dropout else None
+    return Operands(qkv, slopes, dropout_keys), rest
+
+
+def _results(name: str) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    return primitive
+
+
+forward_p = _results("flash_attention_forward")
+backward_p = _results("flash_attention_backward")
+
+
+# Results take shape, sharding and varying axes from the operands they are shaped like,
+# by tracing the functions below: building abstract values by hand would tie us to how
+# each JAX spells those.
+
+
+def _forward_like(*flat: jax.Array, spec: _spec.AttentionSpec) -> list[jax.Array]:
+    operands, _ = _split(flat, spec)
+    batch = _shapes.common_batch([x.shape[0] for x in flat])
+    q, _, _ = _shapes.unpack(operands.qkv, spec.packing)
+    out = _shapes.repeat_batch(q, batch)
+    lse_dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    return [out, out[..., 0].astype(lse_dtype).swapaxes(1, 2)]
+
+
+def _backward_like(*flat: jax.Array, spec: _spec.AttentionSpec) -> list[jax.Array]:
+    operands, _ = _split(flat, spec)
+    batch = _shapes.common_batch([x.shape[0] for x in flat])
+    return [_shapes.repeat_batch(x, batch) for x in operands.qkv]
+
+
+@functools.lru_cache(maxsize=1024)
+def _avals(
+    like: Callable[..., list[jax.Array]],
+    avals: tuple[Any, ...],
+    spec: _spec.AttentionSpec,
+) -> list[Any]:
+    return list(jax.make_jaxpr(functools.partial(like, spec=spec))(*avals).out_avals)
+
+
+def _plain_forward(
+    *flat: jax.Array, spec: _spec.AttentionSpec, **_: Any
+) -> list[jax.Array]:
+    batch = _shapes.common_batch([x.shape[0] for x in flat])
+    operands, _ = _split([_shapes.repeat_batch(x, batch) for x in flat], spec)
+    q, k, v = _shapes.unpack(operands.qkv, spec.packing)
+    return list(
+        blockwise.forward(q, k, v, operands.slopes, operands.dropout_keys, spec=spec)
+    )
+
+
+def _plain_backward(
+    *flat: jax.Array, spec: _spec.AttentionSpec, has_dlse: bool, **_: Any
+) -> list[jax.Array]:
+    batch = _shapes.common_batch([x.shape[0] for x in flat])
+    operands, rest = _split([_shapes.repeat_batch(x, batch) for x in flat], spec)
+    q, k, v = _shapes.unpack(operands.qkv, spec.packing)
+    out, lse, dout = rest[:3]
+    dlse = rest[3] if has_dlse else None
+    gradients = blockwise.backward(
+        q, k, v, out, lse, dout, dlse, operands.slopes, operands.dropout_keys, spec=spec
+    )
+    return list(_shapes.pack(*gradients, spec.packing))
+
+
+def _pad_head_dim(x: jax.Array, head_dim: int) -> jax.Array:
+    missing = head_dim - x.shape[-1]
+    if missing == 0:
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+
+
+def _struct(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(shape), dtype)
+
+
+def _kernel_forward(
+    *flat: jax.Array, spec: _spec.AttentionSpec, **_: Any
+) -> list[jax.Array]:
+    operands, _ = _split(flat, spec)
+    head_dim = operands.qkv[0].shape[-1]
+    padded = _support.padded_head_dim(head_dim)
+    qkv = tuple(_pad_head_dim(x, padded) for x in operands.qkv)
+    dims = _shapes.dimensions(qkv, spec.packing)
+    batch = _shapes.common_batch([x.shape[0] for x in flat])
+    results = [
+        _struct((batch, dims.seqlen_q, dims.heads, padded), qkv[0].dtype),
+        _struct((batch, dims.heads, dims.seqlen_q), jnp.float32),
+    ]
+    arrays = operands._replace(qkv=qkv).flat()
+    out, lse = _ffi.forward_call(arrays, results, spec)
+    return [out[..., :head_dim], lse]
+
+
+def _kernel_backward(
+    *flat: jax.Array, spec: _spec.AttentionSpec, has_dlse: bool, **_: Any
+) -> list[jax.Array]:
+    operands, (out, lse, dout, *dlse) = _split(flat, spec)
+    head_dim = operands.qkv[0].shape[-1]
+    padded = _support.padded_head_dim(head_dim)
+    qkv = tuple(_pad_head_dim(x, padded) for x in operands.qkv)
+    batch = _shapes.common_batch([x.shape[0] for x in flat])
+    dims = _shapes.dimensions(qkv, spec.packing)._replace(batch=batch)
+    gradients = [_struct((batch, *x.shape[1:]), x.dtype) for x in qkv]
+    results = [*gradients, *_shapes.workspace(dims, spec.deterministic)]
+    arrays = [
+        *operands._replace(qkv=qkv).flat(),
+        _pad_head_dim(out, padded),
+        lse,
+        _pad_head_dim(dout, padded),
+        *dlse,
+    ]
+    computed = _ffi.backward_call(arrays, results, spec, has_dlse)
+    return [x[..., :head_dim] for x in computed[: len(qkv)]]
+
+
+def _register(
+    primitive: Primitive,
+    like: Callable[..., list[jax.Array]],
+    plain: Callable[..., list[jax.Array]],
+    kernel: Callable[..., list[jax.Array]],
+) -> None:
+    def abstract_eval(*avals: Any, spec: _spec.AttentionSpec, **_: Any) -> list[Any]:
+        return _avals(like, avals, spec)
+
+    def lower_anywhere(ctx: Any, *operands: Any, **params: Any) -> Any:
+        if params["implementation"] == "cuda":
+            raise NotImplementedError(
+                'implementation="cuda" needs a CUDA GPU, and this program is lowered '
+                'for another platform: pass "auto" or "jax".'
+            )
+        return mlir.lower_fun(plain, multiple_results=True)(ctx, *operands, **params)
+
+    def lower_for_cuda(ctx: Any, *operands: Any, **params: Any) -> Any:
+        chosen = plain
+        if params["implementation"] != "jax":
+            q = ctx.avals_in[0]
+            obstacle = _support.call_obstacle(q.dtype, q.shape[-1])
+            obstacle = obstacle or _support.machine_obstacle()
+            if obstacle is None:
+                chosen = kernel
+            elif params["implementation"] == "cuda":
+                raise NotImplementedError(obstacle)
+            else:
+                _support.warn_once(obstacle)
+        return mlir.lower_fun(chosen, multiple_results=True)(ctx, *operands, **params)
+
+    def differentiate_again(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(
+            "flash attention is differentiated by a rule for reverse mode that can't be "
+            "differentiated itself: second derivatives and forward mode (jax.jvp, "
+            "jax.hessian) need jax_flash_attn.reference.attention, or "
+            'jax.nn.dot_product_attention with implementation="xla".'
+        )
+
+    primitive.def_abstract_eval(abstract_eval)
+    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+    mlir.register_lowering(primitive, lower_anywhere)
+    mlir.register_lowering(primitive, lower_for_cuda, platform="cuda")
+    ad.primitive_jvps[primitive] = differentiate_again
+    _batching.register(primitive)
+
+
+_register(forward_p, _forward_like, _plain_forward, _kernel_forward)
+_register(backward_p, _backward_like, _plain_backward, _kernel_backward)

@@ -1,0 +1,125 @@
+"""What would run a call, or why no kernel can."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_flash_attn import _ffi, _spec, _support
+from jax_flash_attn.attention import canonicalize
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; prints as a short text."""
+
+    implementation: str
+    """"cuda" or "jax"."""
+    reason: str
+    """Why the JAX path runs; empty when the kernel does."""
+    architecture: str
+    """The architecture that kernels are compiled for; empty without a CUDA device."""
+    forward: str
+    """The forward kernel's tiles; empty when no kernel runs."""
+    backward: str
+    """The backward kernels' tiles; empty when no kernel runs."""
+    spec: _spec.AttentionSpec
+    """The call in canonical form."""
+    padded_head_dim: int
+    """The head dim the kernel works on; differs from the call's when it is padded."""
+
+    def __str__(self) -> str:
+        if self.implementation == "jax":
+            return f"plain JAX: {self.reason}"
+        lines = [
+            f"CUDA kernels for {self.architecture}",
+            f"  forward:  {self.forward}",
+            f"  backward: {self.backward}",
+        ]
+        if self.reason:
+            lines.append(f"  note:     {self.reason}")
+        return "\n".join(lines)
+
+
+def explain(
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k: jax.Array | jax.ShapeDtypeStruct,
+    v: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    architecture: str | None = None,
+    **arguments: Any,
+) -> Explanation:
+    """Returns what `flash_attn_func` would run for these arguments.
+
+    Nothing is computed or compiled.
+
+    Args:
+        q: Queries, or their shape and dtype as a `jax.ShapeDtypeStruct`.
+        k: Keys, likewise.
+        v: Values, likewise.
+        architecture: Explain for this architecture ("sm_90") instead of the first CUDA
+            device.
+        **arguments: Those of `flash_attn_func`.
+
+    Returns:
+        An `Explanation`, which prints as text.
+
+    Raises:
+        ValueError, TypeError: as `flash_attn_func`.
+
+    Source: csrc/launchers/sm80_tiles.cc has the table that tiles come from.
+    """
+    structs = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for name, x in {"q": q, "k": k, "v": v}.items()
+    }
+    found = {}
+
+    def canonical(*arrays: jax.Array) -> None:
+        _, found["spec"], found["chosen"] = canonicalize(
+            dict(zip(structs, arrays, strict=True)), "none", **arguments
+        )
+
+    jax.eval_shape(canonical, *structs.values())
+    spec, chosen = found["spec"], found["chosen"]
+    head_dim = structs["q"].shape[-1]
+    padded = _support.padded_head_dim(head_dim)
+    target, reason = _target(architecture)
+    obstacle = (
+        'implementation="jax" was passed'
+        if chosen == "jax"
+        else _support.call_obstacle(structs["q"].dtype, head_dim) or reason
+    )
+    if obstacle:
+        return Explanation("jax", obstacle, target, "", "", spec, padded)
+    dtype = str(jnp.dtype(structs["q"].dtype))
+    tiles = {
+        operation: _ffi.native.tiles(
+            operation, _ffi.attributes(spec), dtype, padded, target
+        )
+        for operation in ("forward", "backward")
+    }
+    note = ""
+    if padded != head_dim:
+        note = (
+            f"head_dim {head_dim} is padded to {padded} around the kernel, which "
+            "copies every operand; a multiple of 8 is not"
+        )
+    return Explanation(
+        "cuda", note, target, tiles["forward"], tiles["backward"], spec, padded
+    )
+
+
+def _target(architecture: str | None) -> tuple[str, str]:
+    """The architecture to explain for, and why there is none."""
+    if _ffi.native is None:
+        return "", _ffi.native_missing
+    if architecture is not None:
+        return architecture, ""
+    if not _support.on_gpu():
+        return "", f"JAX's default backend is {jax.default_backend()!r}, not a CUDA GPU"
+    obstacle = _support.machine_obstacle()
+    if obstacle:
+        return "", obstacle
+    return str(_ffi.native.devices()[0]["architecture"]), ""

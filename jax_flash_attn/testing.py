@@ -1,0 +1,72 @@
+"""What tests, yours and ours, ask of a call."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+from jax_flash_attn import _arguments, _ffi, dropout
+
+
+def dropout_keep_mask(
+    dropout_rng: jax.Array,
+    dropout_p: float,
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+) -> jax.Array:
+    """Returns the mask of the probabilities that a call with this key keeps.
+
+    keep[b, h, i, j] is a function of the key, b, h, i and j alone.
+
+    Args:
+        dropout_rng: The PRNG key passed to the call.
+        dropout_p: The share that is dropped, as passed to the call.
+        batch: Batch of the call.
+        heads: Query heads of the call.
+        seqlen_q: Queries of the call.
+        seqlen_k: Keys of the call.
+
+    Returns:
+        (batch, heads, seqlen_q, seqlen_k) bool, True where kept.
+
+    Raises:
+        ValueError: dropout_p is not in (0, 1).
+        TypeError: dropout_rng is not a PRNG key.
+
+    Source: Philox4x32 with 7 rounds, Salmon et al. 2011 (docs/numerics.md).
+    """
+    p = _arguments.dropout_p(dropout_p, dropout_rng)
+    keys = _arguments.dropout_keys(dropout_rng, p, batch, heads)
+    if keys is None:
+        raise ValueError("dropout_p must be above 0: nothing is dropped at 0.")
+    return dropout.keep_mask(keys, seqlen_q, seqlen_k, p)
+
+
+@contextlib.contextmanager
+def override_tiles(operation: str, tiles: str) -> Iterator[None]:
+    """Runs every call of an operation with the given tiles inside the context.
+
+    Programs that were compiled before take part: tiles are chosen when a call runs.
+
+    Args:
+        operation: "forward" or "backward".
+        tiles: The numbers of a row of csrc/launchers/sm80_tiles.cc, comma-separated.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: the operation or the numbers are not of that form.
+        RuntimeError: the native module is not there.
+
+    Source: csrc/launchers/sm80_tiles.h.
+    """
+    if _ffi.native is None:
+        raise RuntimeError(_ffi.native_missing)
+    _ffi.native.override_tiles(operation, tiles)
+    try:
+        yield
+    finally:
+        _ffi.native.override_tiles(operation, "")

@@ -1,0 +1,44 @@
+"""What the machine under test has; the only place that skips a test."""
+
+import functools
+import os
+
+import jax
+import pytest
+
+IS_GPU_REQUIRED = os.environ.get("JAX_FLASH_ATTN_REQUIRE_GPU") == "1"
+"""Whether a skip counts as a failure: set where a GPU is known to be there."""
+
+SM80 = (8, 0)
+"""The compute capability that the portable kernel family starts at."""
+
+
+@functools.cache
+def cuda_devices() -> tuple[jax.Device, ...]:
+    """Returns the CUDA devices that JAX can use, none when it has no CUDA backend."""
+    try:
+        return tuple(jax.devices("cuda"))
+    except RuntimeError:
+        return ()
+
+
+def compute_capability(device: jax.Device) -> tuple[int, int]:
+    """Returns a CUDA device's compute capability as (major, minor)."""
+    major, minor = device.compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def has_gpu(count: int = 1, capability: tuple[int, int] = (0, 0)) -> bool:
+    """Returns whether there are `count` CUDA devices of `capability` or later."""
+    capable = [d for d in cuda_devices() if compute_capability(d) >= capability]
+    return len(capable) >= count
+
+
+def require_gpu(count: int = 1, capability: tuple[int, int] = (0, 0)) -> None:
+    """Skips the calling test unless `has_gpu(count, capability)`."""
+    if not has_gpu(count, capability):
+        major, minor = capability
+        pytest.skip(
+            f"needs {count} CUDA device(s) of compute capability {major}.{minor} or "
+            f"later; JAX has {list(cuda_devices())}"
+        )

@@ -1,0 +1,266 @@
+"""The linear-memory JAX path, against the reference."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from jax_flash_attn import blockwise
+from tests.support import cases, closeness, inputs, oracle
+
+SMALL_TILE = 48
+"""Small enough for a short sequence to take several tiles, the last one ragged."""
+
+QUICK = (
+    "one_query",
+    "one_key",
+    "no_keys",
+    "no_queries",
+    "ragged_tail",
+    "fully_masked_rows",
+    "window_two_sided",
+    "float16_everything",
+    "everything_masked_rows",
+)
+"""Cases that between them own every line of the file under test."""
+
+CASES = [
+    pytest.param(
+        case, id=case.name, marks=() if case.name in QUICK else pytest.mark.long
+    )
+    for case in cases.CASES
+]
+
+
+def in_dtype(name, dtype):
+    case = cases.BY_NAME[name]
+    return dataclasses.replace(case, name=f"{name}_{dtype}", dtype=dtype)
+
+
+def run(operands, dout, dlse, spec):
+    out, lse = blockwise.forward(*operands, spec=spec)
+    q, k, v, *rest = operands
+    gradients = blockwise.backward(q, k, v, out, lse, dout, dlse, *rest, spec=spec)
+    return dict(zip(oracle.NAMES, (out, lse, *gradients), strict=True))
+
+
+# XLA takes longer to optimise these programs than to run them.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), compiler_options=FAST_COMPILE)
+def run_with_tile(operands, dout, dlse, spec, max_tile):
+    assert max_tile == blockwise.MAX_TILE
+    return run(operands, dout, dlse, spec)
+
+
+def jitted_run(*arguments):
+    # The tile is an argument, so that a program traced with another is not reused.
+    return run_with_tile(*arguments, blockwise.MAX_TILE)
+
+
+def check(case):
+    spec = inputs.spec(case)
+    arrays = inputs.make(case)
+    operands = inputs.primitive_operands(case, arrays)
+    arguments = (operands, arrays["dout"], arrays["dlse"], spec)
+    results = jitted_run(*arguments)
+    exact, naive = oracle.exact(*arguments), oracle.naive(*arguments)
+    for name, result in results.items():
+        expected_dtype = jnp.float32 if name == "lse" else jnp.dtype(case.dtype)
+        assert result.dtype == expected_dtype
+        closeness.assert_close_to_oracle(result, exact[name], naive[name], what=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tiled(case, monkeypatch):
+    monkeypatch.setattr(blockwise, "MAX_TILE", SMALL_TILE)
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        in_dtype("everything_masked_rows", "float32"),
+        in_dtype("large_logits", "float32"),
+    ],
+    ids=str,
+)
+def test_tiled_in_float32(case, monkeypatch):
+    monkeypatch.setattr(blockwise, "MAX_TILE", SMALL_TILE)
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [in_dtype("causal_gqa", "float32"), cases.BY_NAME["everything"]],
+    ids=str,
+)
+def test_single_tile(case):
+    check(case)
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        case = in_dtype("causal_gqa", "float64")
+        arrays = inputs.make(case)
+        arguments = (
+            inputs.primitive_operands(case, arrays),
+            arrays["dout"],
+            arrays["dlse"],
+            inputs.spec(case),
+        )
+        results = jitted_run(*arguments)
+        exact = oracle.exact(*arguments)
+    for name, result in results.items():
+        assert result.dtype == jnp.float64
+        closeness.assert_close_to_oracle(result, exact[name], exact[name], what=name)
+
+
+def test_omitted_dlse_is_zero():
+    case = in_dtype("causal_gqa", "float32")
+    arrays = inputs.make(case)
+    operands = inputs.primitive_operands(case, arrays)
+    dlse = jnp.zeros_like(arrays["dlse"])
+    omitted = jitted_run(operands, arrays["dout"], None, inputs.spec(case))
+    zero = jitted_run(operands, arrays["dout"], dlse, inputs.spec(case))
+    for name in oracle.NAMES:
+        np.testing.assert_array_equal(omitted[name], zero[name])
+
+
+@functools.partial(jax.jit, static_argnums=3, compiler_options=FAST_COMPILE)
+def run_mapped(operands, dout, dlse, spec):
+    return jax.vmap(run, in_axes=(0, 0, 0, None))(operands, dout, dlse, spec)
+
+
+def test_vmap_equals_loop(monkeypatch):
+    monkeypatch.setattr(blockwise, "MAX_TILE", SMALL_TILE)
+    case = in_dtype("everything_masked_rows", "float32")
+    spec = inputs.spec(case)
+    examples = []
+    for seed in range(2):
+        arrays = inputs.make(case, seed)
+        operands = inputs.primitive_operands(case, arrays)
+        examples.append((operands, arrays["dout"], arrays["dlse"]))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *examples)
+    mapped = run_mapped(*stacked, spec)
+    for n, example in enumerate(examples):
+        looped = jitted_run(*example, spec)
+        for name in oracle.NAMES:
+            closeness.assert_close_to_oracle(
+                mapped[name][n], looped[name], looped[name], what=name
+            )
+
+
+def test_shard_map_with_varying_axes_checked(monkeypatch):
+    monkeypatch.setattr(blockwise, "MAX_TILE", SMALL_TILE)
+    case = in_dtype("everything_masked_rows", "float32")
+    spec = inputs.spec(case)
+    arrays = inputs.make(case)
+    operands = inputs.primitive_operands(case, arrays)
+    auto = (AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("batch",), auto, devices=jax.devices()[:2])
+    batch = PartitionSpec("batch")
+    sharded = jax.jit(
+        jax.shard_map(
+            functools.partial(run, spec=spec),
+            mesh=mesh,
+            in_specs=(batch, batch, batch),
+            out_specs=batch,
+        )
+    )(operands, arrays["dout"], arrays["dlse"])
+    whole = jitted_run(operands, arrays["dout"], arrays["dlse"], spec)
+    for name in oracle.NAMES:
+        closeness.assert_close_to_oracle(
+            sharded[name], whole[name], whole[name], what=name
+        )
+
+
+POISONS = {"q": 70, "k": 33, "v": 33, "dout": 70}
+"""A row of each operand, seen or seeing across a tile boundary."""
+
+
+@pytest.fixture(scope="module")
+def contained_run():
+    """A window over several tiles: (case, arrays, visible, jitted run)."""
+    case = dataclasses.replace(
+        cases.BY_NAME["fully_masked_rows"],
+        dtype="float32",
+        window_size=(20, -1),
+        seqlen_q=120,
+        seqlen_k=100,
+    )
+    spec = inputs.spec(case)
+    aligned = np.arange(case.seqlen_q)[:, None] + case.seqlen_k - case.seqlen_q
+    j = np.arange(case.seqlen_k)
+    visible = (j >= aligned - 20) & (j <= aligned)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "MAX_TILE", SMALL_TILE)
+        arrays = inputs.make(case)
+        operands = inputs.primitive_operands(case, arrays)
+        lowered = run_with_tile.lower(
+            operands, arrays["dout"], arrays["dlse"], spec, SMALL_TILE
+        )
+        compiled = lowered.compile()
+    return case, arrays, visible, compiled
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("operand", POISONS)
+def test_non_finite_row_stays_with_those_that_see_it(contained_run, operand, value):
+    case, arrays, visible, compiled = contained_run
+    row = POISONS[operand]
+
+    def results(arrays):
+        operands = inputs.primitive_operands(case, arrays)
+        return compiled(operands, arrays["dout"], arrays["dlse"])
+
+    poisoned = dict(arrays, **{operand: arrays[operand].at[:, row].set(value)})
+    clean, dirty = results(arrays), results(poisoned)
+
+    # Rows that hold or see the value, and keys that those rows see.
+    rows = np.zeros(case.seqlen_q, bool)
+    if operand in ("q", "dout"):
+        rows[row] = True
+    else:
+        rows |= visible[:, row]
+    keys = visible[rows].any(axis=0)
+    untouched = {
+        "out": np.zeros_like(rows) if operand == "dout" else rows,
+        "dq": rows,
+        "dk": keys,
+        "dv": keys,
+    }
+    for name, reached in untouched.items():
+        np.testing.assert_array_equal(
+            clean[name][:, ~reached], dirty[name][:, ~reached], err_msg=name
+        )
+    reached_by_name = {"q": "out", "k": "out", "v": "out", "dout": "dq"}
+    name = reached_by_name[operand]
+    assert not np.isfinite(dirty[name][:, rows]).any()
+
+
+def test_masked_rows_ignore_non_finite_operands(contained_run):
+    case, arrays, visible, compiled = contained_run
+    masked = ~visible.any(axis=1)
+    assert masked.any()
+    poisoned = {
+        **arrays,
+        **{name: arrays[name].at[:, masked].set(np.nan) for name in ("q", "dout")},
+    }
+    operands = inputs.primitive_operands(case, poisoned)
+    results = compiled(operands, poisoned["dout"], poisoned["dlse"])
+    assert np.isneginf(results.pop("lse")[..., masked]).all()
+    for name, result in results.items():
+        assert np.isfinite(result).all(), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", cases.random_cases(30, seed=0), ids=str)
+def test_random(case, monkeypatch):
+    monkeypatch.setattr(blockwise, "MAX_TILE", SMALL_TILE)
+    check(case)
