@@ -45,7 +45,9 @@ def to_torch(operands: Operands) -> Operands:
     torch = importlib.import_module("torch")
     arrays = jax.block_until_ready(operands.every)
     q, k, v, dout = (torch.from_dlpack(array).clone() for array in arrays)
-    return Operands(*(x.requires_grad_() for x in (q, k, v)), dout)
+    for leaf in (q, k, v):
+        leaf.requires_grad_()
+    return Operands(q, k, v, dout)
 
 
 def from_torch(tensor: Any) -> jax.Array:

@@ -141,7 +141,7 @@ class JaxNN(Contender):
 
     def __init__(self, name: str, implementation: Literal["xla", "cudnn"]):
         super().__init__(name)
-        self.implementation = implementation
+        self.implementation: Literal["xla", "cudnn"] = implementation
 
     def available(self) -> str | None:
         """Returns why the contender cannot run here, or None."""

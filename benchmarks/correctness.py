@@ -119,12 +119,15 @@ def _reference(
 
     function = reference.attention if exact else reference.naive
 
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return function(q, k, v, slopes, keys, spec=spec)[0]
+
     @jax.jit
     def compute(*operands: jax.Array) -> tuple[jax.Array, ...]:
         if exact:
             operands = tuple(x.astype(jnp.float32) for x in operands)
         *qkv, dout = operands
-        out, vjp = jax.vjp(lambda *x: function(*x, slopes, keys, spec=spec)[0], *qkv)
+        out, vjp = jax.vjp(attend, *qkv)
         return out, *vjp(dout)
 
     return dict(zip(RESULTS, compute(*operands.every), strict=True))

@@ -15,7 +15,17 @@ from benchmarks.contenders import Contender
 
 ROOT = Path(__file__).resolve().parents[1]
 
-_PACKAGES = ("jax", "jaxlib", "jax-flash-attn")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-flash-attn",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cuda-nvrtc-cu12",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+)
 _SMI_FIELDS = ("name", "driver_version", "power.limit", "clocks.max.sm")
 
 

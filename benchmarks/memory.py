@@ -55,7 +55,7 @@ def measure(contender_name: str, seqlen: int, gradients: bool) -> dict[str, Any]
         arguments = operands if gradients else operands[:3]
         step = modes.forward_and_backward(attend) if gradients else attend
         compiled = jax.jit(step).lower(*arguments).compile()
-        planned = compiled.memory_analysis()
+        planned: Any = compiled.memory_analysis()
         fields["planned_bytes"] = (
             planned.temp_size_in_bytes + planned.output_size_in_bytes
         )
@@ -92,7 +92,7 @@ def _measure_elsewhere(name: str, seqlen: int, mode: str) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Peak memory by length.")
     add = parser.add_argument
     add("--contenders", default="ours,jax-xla", help="default: %(default)s")
     add("--seqlens", default=_LENGTHS, help="default: %(default)s")

@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks import results
 from benchmarks.results import OURS, Row
@@ -35,7 +36,7 @@ _ROOF = "0.55"
 _DPI = 150
 
 
-def style(index: int) -> dict[str, str]:
+def style(index: int) -> dict[str, Any]:
     """Returns colour and marker of the index-th series; 64 pairs before any repeats."""
     marker = _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)]
     return {"color": _COLOURS[index % len(_COLOURS)], "marker": marker}
@@ -200,7 +201,7 @@ def _has_figure(row: Row, name: str) -> bool:
     return name in row and row[name].tflops is not None
 
 
-def _finish(figure: plt.Figure, axis: Axes, mode: str) -> None:
+def _finish(figure: Figure, axis: Axes, mode: str) -> None:
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))  # several bars share a label
     figure.legend(

@@ -116,7 +116,7 @@ def heading(path: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Tables and plots of a run.")
     add = parser.add_argument
     add("file", type=Path, help="JSON lines of benchmarks.run")
     add("--against", default=BEST, help="contender to divide by; default: %(default)s")

@@ -32,8 +32,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 NUM_BYTES = 256
-ATTENTIONS = ("flash", "flash-cuda", "flash-jax", "xla", "cudnn")
-"""flash: jax_flash_attn's choice, or its kernels, or its JAX path; else jax.nn's."""
+FLASH = {"flash": "auto", "flash-cuda": "cuda", "flash-jax": "jax"}
+"""Ways to run jax_flash_attn, with its own names for them."""
+
+JAX_NN = ("xla", "cudnn")
+"""Ways to run jax.nn.dot_product_attention, under its own names."""
 
 _HELD_OUT_EVERY = 20
 _HELD_OUT_BATCHES = 8
@@ -67,37 +70,53 @@ class Config:
 
 
 PRESETS = {
-    "cpu": Config(4, 4, 32, 128, 16, 500, 2e-3, jnp.float32),
-    "gpu": Config(12, 8, 128, 2048, 16, 1000, 6e-4, jnp.bfloat16),
+    "cpu": Config(
+        layers=4,
+        heads=4,
+        head_dim=32,
+        seqlen=64,
+        batch=16,
+        steps=600,
+        learning_rate=4e-3,
+        activations=jnp.float32,
+    ),
+    "gpu": Config(
+        layers=12,
+        heads=8,
+        head_dim=128,
+        seqlen=2048,
+        batch=16,
+        steps=1000,
+        learning_rate=6e-4,
+        activations=jnp.bfloat16,
+    ),
 }
 
 
 def attention_of(config: Config) -> Attention:
     """Returns the chosen attention over packed queries, keys and values."""
-    name = config.attention
-    if name.startswith("flash"):
-        implementation = name.removeprefix("flash").lstrip("-") or "auto"
-
-        def flash(qkv: jax.Array, dropout_rng: jax.Array | None) -> jax.Array:
-            return jax_flash_attn.flash_attn_qkvpacked_func(
-                qkv,
-                dropout_p=0.0 if dropout_rng is None else config.dropout,
-                causal=True,
-                dropout_rng=dropout_rng,
-                implementation=implementation,
-            )
-
-        return flash
+    if config.attention in FLASH:
+        return functools.partial(_flash, config)
     if config.dropout:
-        raise ValueError(f"--attention {name} has no dropout")
+        raise ValueError(f"attention {config.attention} has no dropout")
+    return functools.partial(_jax_nn, config)
 
-    def of_jax_nn(qkv: jax.Array, dropout_rng: jax.Array | None) -> jax.Array:
-        q, k, v = (qkv[:, :, i] for i in range(3))
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, implementation=name
-        )
 
-    return of_jax_nn
+def _flash(config: Config, qkv: jax.Array, dropout_rng: jax.Array | None) -> jax.Array:
+    return jax_flash_attn.flash_attn_qkvpacked_func(
+        qkv,
+        dropout_p=0.0 if dropout_rng is None else config.dropout,
+        causal=True,
+        dropout_rng=dropout_rng,
+        implementation=FLASH[config.attention],
+    )
+
+
+def _jax_nn(config: Config, qkv: jax.Array, _: jax.Array | None) -> jax.Array:
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, implementation=config.attention
+    )
 
 
 class Block(nnx.Module):
@@ -108,7 +127,9 @@ class Block(nnx.Module):
         norm = functools.partial(nnx.LayerNorm, dtype=config.activations, rngs=rngs)
         width = config.width
         # Residual branches start small, so that depth does not change the scale.
-        last = nnx.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
+        last = nnx.initializers.variance_scaling(
+            0.5 / config.layers, "fan_in", "normal"
+        )
         self.attention_norm = norm(width)
         self.qkv = linear(width, 3 * width, use_bias=False)
         self.out = linear(width, width, use_bias=False, kernel_init=last)
@@ -130,21 +151,18 @@ class GPT(nnx.Module):
 
     def __init__(self, config: Config) -> None:
         rngs = nnx.Rngs(config.seed)
-        small = nnx.initializers.normal(0.02)
         embed = functools.partial(
-            nnx.Embed, dtype=config.activations, embedding_init=small, rngs=rngs
+            nnx.Embed,
+            dtype=config.activations,
+            embedding_init=nnx.initializers.normal(0.1),
+            rngs=rngs,
         )
         self.byte = embed(NUM_BYTES, config.width)
         self.position = embed(config.seqlen, config.width)
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
         self.norm = nnx.LayerNorm(config.width, dtype=config.activations, rngs=rngs)
-        # Small as well: every byte starts out as likely as any other.
         self.logits = nnx.Linear(
-            config.width,
-            NUM_BYTES,
-            dtype=config.activations,
-            kernel_init=small,
-            rngs=rngs,
+            config.width, NUM_BYTES, dtype=config.activations, rngs=rngs
         )
 
     def __call__(
@@ -169,9 +187,9 @@ def read_text() -> tuple[np.ndarray, np.ndarray]:
         if not _LEFT_OUT & set(path.relative_to(root).parts)
     )
     texts = [path.read_bytes() for path in files]
-    held_out = b"".join(texts[::_HELD_OUT_EVERY])
+    held_out = np.frombuffer(b"".join(texts[::_HELD_OUT_EVERY]), np.uint8)
     del texts[::_HELD_OUT_EVERY]
-    return tuple(np.frombuffer(t, np.uint8) for t in (b"".join(texts), held_out))
+    return np.frombuffer(b"".join(texts), np.uint8), held_out
 
 
 def batches(text: np.ndarray, config: Config, seed: int) -> Iterator[np.ndarray]:
@@ -307,9 +325,9 @@ def compare(first: Path, second: Path, out: Path) -> float:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Trains a small GPT.")
     add = parser.add_argument
-    add("--attention", choices=ATTENTIONS, default="flash")
+    add("--attention", choices=(*FLASH, *JAX_NN), default="flash")
     add("--preset", choices=PRESETS, default="cpu")
     add("--steps", type=int, help="default: the preset's")
     add("--seed", type=int, default=0)
@@ -317,7 +335,10 @@ def _parse() -> argparse.Namespace:
     add("--out", type=Path, help="folder to write to; default: runs/ATTENTION")
     add("--sample-bytes", type=int, default=400)
     add("--compare", type=Path, nargs=2, metavar="RUN", help="overlay two runs")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.dropout and options.attention in JAX_NN:
+        parser.error(f"--attention {options.attention} has no dropout")
+    return options
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 Nothing here depends on where the call will run.
 """
 
+import contextlib
 import math
 import numbers
 from collections.abc import Sequence
@@ -16,6 +17,18 @@ from jax_flash_attn import _shapes, _spec, dropout
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 IMPLEMENTATIONS = ("auto", "cuda", "jax")
+
+
+def arrays(**given: Any) -> dict[str, jax.Array]:
+    """The named arguments as JAX arrays; refuses what is none."""
+    return {name: _array(value, name) for name, value in given.items()}
+
+
+def _array(value: Any, name: str) -> jax.Array:
+    if value is not None:
+        with contextlib.suppress(TypeError, ValueError):
+            return jnp.asarray(value)
+    raise TypeError(f"{name} must be an array, got {value!r}.")
 
 
 def check_qkv(named: dict[str, jax.Array], packing: _spec.Packing) -> None:
@@ -132,9 +145,7 @@ def dropout_p(value: Any, dropout_rng: Any) -> float:
     return p
 
 
-def window(
-    value: Any, causal: bool, name: str = "window_size"
-) -> tuple[int, int]:
+def window(value: Any, causal: bool, name: str = "window_size") -> tuple[int, int]:
     """The window as (left, right); causal limits the right side to 0."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a pair (left, right) of ints, got {value!r}.")
@@ -176,7 +187,7 @@ def slopes(value: Any, batch: int, heads: int) -> jax.Array | None:
     """ALiBi slopes as (1 or batch, heads) float32, or None."""
     if value is None:
         return None
-    array = jnp.asarray(value)
+    array = _array(value, "alibi_slopes")
     if array.shape not in ((heads,), (batch, heads)):
         raise ValueError(
             f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), got "
@@ -187,13 +198,11 @@ def slopes(value: Any, batch: int, heads: int) -> jax.Array | None:
     return jnp.atleast_2d(array.astype(jnp.float32))
 
 
-def dropout_keys(
-    value: Any, p: float, batch: int, heads: int
-) -> jax.Array | None:
+def dropout_keys(value: Any, p: float, batch: int, heads: int) -> jax.Array | None:
     """One Philox key per (batch, head), (batch, heads, 2) uint32, or None."""
     if p == 0.0:
         return None
-    array = jnp.asarray(value)
+    array = _array(value, "dropout_rng")
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         if array.ndim != 0:
             raise ValueError(
@@ -206,6 +215,26 @@ def dropout_keys(
             f"data of rank 1), got {array.dtype} of shape {array.shape}."
         )
     return dropout.philox_keys(array, batch, heads)
+
+
+def dense(value: Any, name: str, scores: tuple[int, int, int, int]) -> jax.Array | None:
+    """A bias or a mask with the rank of the scores, (B, H, Sq, Sk), or None."""
+    if value is None:
+        return None
+    array = _array(value, name)
+    right = jnp.bool_ if name == "mask" else jnp.floating
+    if not jnp.issubdtype(array.dtype, right):
+        kind = "bools" if name == "mask" else "floats"
+        raise TypeError(f"{name} must be {kind}, got {array.dtype}.")
+    shape = (1,) * (4 - array.ndim) + array.shape
+    if len(shape) != 4 or any(
+        length not in (1, full) for length, full in zip(shape, scores, strict=True)
+    ):
+        raise ValueError(
+            f"{name} must be broadcastable to (batch, heads, seqlen_q, seqlen_k), "
+            f"{scores}, got shape {array.shape}."
+        )
+    return array.reshape(shape)
 
 
 def implementation(value: Any) -> _spec.Implementation:

@@ -1,5 +1,7 @@
 """The one place that looks at which JAX this is."""
 
+from typing import Any
+
 import jax
 
 
@@ -13,9 +15,10 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 
 def _to_varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(x, axes, to="varying")
-    return jax.lax.pvary(x, axes)  # JAX 0.8
+    lax: Any = jax.lax  # which of the two it has depends on the version
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, axes, to="varying")
+    return lax.pvary(x, axes)  # JAX 0.8
 
 
 def cast_to_common_varying(*operands: jax.Array | None) -> tuple[jax.Array | None, ...]:

@@ -14,12 +14,13 @@ import jax
 from jax_flash_attn import _spec, _version
 
 try:
-    from jax_flash_attn import _native
+    import jax_flash_attn._native as _native
 except ImportError as error:
     native: Any = None
     native_missing = (
-        "the native module jax_flash_attn._native is not there "
-        f"({error}): install jax_flash_attn on Linux x86-64 or aarch64 with a C++ compiler"
+        "the native module jax_flash_attn._native cannot be imported "
+        f"({error}): install jax_flash_attn on Linux x86-64 or aarch64 with a C++ "
+        "compiler"
     )
 else:
     native = _native
@@ -32,6 +33,14 @@ BACKWARD_TARGET = "flash_attention_backward"
 CACHE_DIRECTORY_VARIABLE = "JAX_FLASH_ATTN_CACHE_DIR"
 NVRTC_PATH_VARIABLE = "JAX_FLASH_ATTN_NVRTC_PATH"
 DUMP_DIRECTORY_VARIABLE = "JAX_FLASH_ATTN_DUMP_DIR"
+_VARIABLES = (
+    CACHE_DIRECTORY_VARIABLE,
+    NVRTC_PATH_VARIABLE,
+    DUMP_DIRECTORY_VARIABLE,
+    "XDG_CACHE_HOME",
+    "CUDA_HOME",
+    "CUDA_PATH",
+)
 
 
 def attributes(spec: _spec.AttentionSpec) -> dict[str, Any]:
@@ -73,6 +82,11 @@ def cache_directory() -> str:
     except RuntimeError:  # a user without a home directory
         return ""
     return str(root / "jax_flash_attn")
+
+
+def environment() -> dict[str, str]:
+    """The environment variables that the library heeds, as far as they are set."""
+    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
 def nvrtc_directories() -> list[str]:

@@ -81,7 +81,7 @@ def _avals(
 
 
 def _plain_forward(
-    *flat: jax.Array, spec: _spec.AttentionSpec, **_: Any
+    *flat: jax.Array, spec: _spec.AttentionSpec, **unused: Any
 ) -> list[jax.Array]:
     batch = _shapes.common_batch([x.shape[0] for x in flat])
     operands, _ = _split([_shapes.repeat_batch(x, batch) for x in flat], spec)
@@ -92,7 +92,7 @@ def _plain_forward(
 
 
 def _plain_backward(
-    *flat: jax.Array, spec: _spec.AttentionSpec, has_dlse: bool, **_: Any
+    *flat: jax.Array, spec: _spec.AttentionSpec, has_dlse: bool, **unused: Any
 ) -> list[jax.Array]:
     batch = _shapes.common_batch([x.shape[0] for x in flat])
     operands, rest = _split([_shapes.repeat_batch(x, batch) for x in flat], spec)
@@ -117,7 +117,7 @@ def _struct(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
 
 
 def _kernel_forward(
-    *flat: jax.Array, spec: _spec.AttentionSpec, **_: Any
+    *flat: jax.Array, spec: _spec.AttentionSpec, **unused: Any
 ) -> list[jax.Array]:
     operands, _ = _split(flat, spec)
     head_dim = operands.qkv[0].shape[-1]
@@ -135,7 +135,7 @@ def _kernel_forward(
 
 
 def _kernel_backward(
-    *flat: jax.Array, spec: _spec.AttentionSpec, has_dlse: bool, **_: Any
+    *flat: jax.Array, spec: _spec.AttentionSpec, has_dlse: bool, **unused: Any
 ) -> list[jax.Array]:
     operands, (out, lse, dout, *dlse) = _split(flat, spec)
     head_dim = operands.qkv[0].shape[-1]
@@ -189,8 +189,8 @@ def _register(
 
     def differentiate_again(*_: Any, **__: Any) -> Any:
         raise NotImplementedError(
-            "flash attention is differentiated by a rule for reverse mode that can't be "
-            "differentiated itself: second derivatives and forward mode (jax.jvp, "
+            "flash attention is differentiated by a rule for reverse mode that can't "
+            "be differentiated itself: second derivatives and forward mode (jax.jvp, "
             "jax.hessian) need jax_flash_attn.reference.attention, or "
             'jax.nn.dot_product_attention with implementation="xla".'
         )

@@ -39,8 +39,8 @@ def machine_obstacle() -> str | None:
         capability = float(getattr(device, "compute_capability", "0"))
         if capability < OLDEST_COMPUTE_CAPABILITY:
             return (
-                f"{device.device_kind} has compute capability {capability}; the kernels "
-                f"need {OLDEST_COMPUTE_CAPABILITY} (Ampere) or newer"
+                f"{device.device_kind} has compute capability {capability}; the "
+                f"kernels need {OLDEST_COMPUTE_CAPABILITY} (Ampere) or newer"
             )
     if _ffi.native is None:
         return _ffi.native_missing

@@ -76,7 +76,7 @@ def flash_attn_func(
     `flash_attn_func`.
     """
     return _flash_attn(
-        {"q": jnp.asarray(q), "k": jnp.asarray(k), "v": jnp.asarray(v)},
+        _arguments.arrays(q=q, k=k, v=v),
         "none",
         dropout_p,
         softmax_scale,
@@ -136,7 +136,7 @@ def flash_attn_qkvpacked_func(
     Source: flash-attn's `flash_attn_qkvpacked_func`.
     """
     return _flash_attn(
-        {"qkv": jnp.asarray(qkv)},
+        _arguments.arrays(qkv=qkv),
         "qkv",
         dropout_p,
         softmax_scale,
@@ -198,7 +198,7 @@ def flash_attn_kvpacked_func(
     Source: flash-attn's `flash_attn_kvpacked_func`.
     """
     return _flash_attn(
-        {"q": jnp.asarray(q), "kv": jnp.asarray(kv)},
+        _arguments.arrays(q=q, kv=kv),
         "kv",
         dropout_p,
         softmax_scale,
@@ -265,11 +265,8 @@ def dot_product_attention(
     """
     _refuse_lengths(query_seq_lengths, key_value_seq_lengths)
     chosen = _arguments.implementation(implementation)
-    arrays = {
-        "query": jnp.asarray(query),
-        "key": jnp.asarray(key),
-        "value": jnp.asarray(value),
-    }
+    arrays = _arguments.arrays(query=query, key=key, value=value)
+    return_lse = _arguments.static_flag(return_residual, "return_residual")
     batched = arrays["query"].ndim != 3
     if not batched:
         arrays = {name: x[None] for name, x in arrays.items()}
@@ -282,11 +279,11 @@ def dot_product_attention(
     )
     if bias is None and mask is None:
         operands = Operands(tuple(arrays.values()), None, None)
-        results = _run(operands, spec, chosen, return_residual)
+        results = _run(operands, spec, chosen, return_lse)
     else:
         results = _with_dense_mask(arrays, bias, mask, spec, chosen)
     out, lse = results[0], results[-1]
-    if return_residual:
+    if return_lse:
         lse = lse.swapaxes(1, 2)
         return (out, lse) if batched else (out[0], lse[0])
     return out if batched else out[0]
@@ -303,7 +300,7 @@ def _flash_attn(
     alibi_slopes: Any,
     deterministic: Any,
     dropout_rng: Any,
-    return_lse: bool,
+    return_lse: Any,
     implementation: Any,
     unsupported: dict[str, Any],
 ) -> Result:
@@ -321,6 +318,7 @@ def _flash_attn(
         implementation=implementation,
         **unsupported,
     )
+    return_lse = _arguments.static_flag(return_lse, "return_lse")
     results = _run(operands, spec, chosen, return_lse)
     return (results[0], results[1]) if return_lse else results[0]
 
@@ -353,9 +351,7 @@ def canonicalize(
         qkv,
         packing,
         scale=_arguments.softmax_scale(softmax_scale, dims.head_dim),
-        limits=_arguments.window(
-            window_size, _arguments.static_flag(causal, "causal")
-        ),
+        limits=_arguments.window(window_size, _arguments.static_flag(causal, "causal")),
         cap=_arguments.softcap(softcap),
         alibi=slopes is not None,
         p=p,
@@ -432,10 +428,11 @@ def _with_dense_mask(
         visible &= offset >= -spec.window_left
     if spec.window_right >= 0:
         visible &= offset <= spec.window_right
+    scores = (query.shape[0], query.shape[2], seqlen_q, seqlen_k)
+    bias = _arguments.dense(bias, "bias", scores)
+    mask = _arguments.dense(mask, "mask", scores)
     if mask is not None:
-        visible &= _as_rank_4(jnp.asarray(mask), "mask")
-    if bias is not None:
-        bias = _as_rank_4(jnp.asarray(bias), "bias")
+        visible &= mask
     out, lse = jax.nn.dot_product_attention(
         query,
         key,
@@ -450,12 +447,3 @@ def _with_dense_mask(
     sees_some = jnp.broadcast_to(visible.any(-1), lse.shape)
     out = jnp.where(sees_some.swapaxes(1, 2)[..., None], out, 0)
     return out, jnp.where(sees_some, lse, -jnp.inf)
-
-
-def _as_rank_4(x: jax.Array, name: str) -> jax.Array:
-    if x.ndim > 4:
-        raise ValueError(
-            f"{name} must have at most 4 dimensions, (batch, heads, seqlen_q, "
-            f"seqlen_k), got shape {x.shape}."
-        )
-    return x.reshape((1,) * (4 - x.ndim) + x.shape)

@@ -9,6 +9,8 @@ Only elementwise integer operations occur, so the bits are the same under jit, v
 and any sharding.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -118,7 +120,10 @@ def _spread(keep: list[jax.Array], num_row_tiles: int, num_col_tiles: int) -> ja
     They travel as the bits of one integer: a concatenation of the four would make
     XLA compute Philox anew for every element of the result.
     """
-    packed = sum(bit.astype(jnp.uint8) << jnp.uint8(n) for n, bit in enumerate(keep))
+    packed = functools.reduce(
+        jnp.bitwise_or,
+        [bit.astype(jnp.uint8) << jnp.uint8(n) for n, bit in enumerate(keep)],
+    )
     lead = packed.shape[:-2]
     packed = packed.reshape(
         *lead, num_row_tiles, 1, _SUBTILE, num_col_tiles, 1, _SUBTILE

@@ -70,11 +70,12 @@ def explain(
 
     Source: csrc/launchers/sm80_tiles.cc has the table that tiles come from.
     """
+    arguments.pop("return_lse", None)  # lse is computed in any case
     structs = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype)
         for name, x in {"q": q, "k": k, "v": v}.items()
     }
-    found = {}
+    found: dict[str, Any] = {}
 
     def canonical(*arrays: jax.Array) -> None:
         _, found["spec"], found["chosen"] = canonicalize(

@@ -19,8 +19,7 @@ StatusOr<BackwardCall> decode(const xla::ffi::Dictionary& attributes, BufferRead
   JFA_ASSIGN_OR_RETURN(call.spec, decode_spec(attributes));
   const auto has_dlse = attributes.get<bool>("has_dlse");
   if (has_dlse.has_error()) return Status::invalid_argument(has_dlse.error().message());
-  const QkvViews inputs =
-      read_qkv(call.spec.packing, [&] { return buffers.next_argument(); });
+  const QkvViews inputs = read_qkv(call.spec.packing, [&] { return buffers.next_argument(); });
   if (call.spec.alibi) call.slopes = head_values(buffers.next_argument());
   if (call.spec.dropout()) call.dropout_keys = head_values(buffers.next_argument());
   call.out = tensor_view(buffers.next_argument());

@@ -54,9 +54,9 @@ AnyBuffer BufferReader::next_result() {
 
 Status BufferReader::finish() const {
   if (!missing_ && next_argument_ == args_.size() && next_result_ == rets_.size()) return Status();
-  return Status::invalid_argument(
-      "A flash attention call has " + std::to_string(args_.size()) + " operands and " +
-      std::to_string(rets_.size()) + " results, which do not fit its attributes.");
+  return Status::invalid_argument("A flash attention call has " + std::to_string(args_.size()) +
+                                  " operands and " + std::to_string(rets_.size()) +
+                                  " results, which do not fit its attributes.");
 }
 
 jfa::TensorView tensor_view(const AnyBuffer& buffer) { return view_at(buffer, 1, 0); }

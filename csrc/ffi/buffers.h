@@ -1,5 +1,6 @@
-// The buffers of a custom call as tensors that the launchers understand. Shapes come from the buffers
-// and were checked when the call was traced; what is checked here protects the kernels' addresses.
+// The buffers of a custom call as tensors that the launchers understand. Shapes come from the
+// buffers and were checked when the call was traced; what is checked here protects the kernels'
+// addresses.
 #pragma once
 
 #include <params/tensor_view.h>

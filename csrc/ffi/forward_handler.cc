@@ -15,8 +15,7 @@ using runtime::StatusOr;
 StatusOr<ForwardCall> decode(const xla::ffi::Dictionary& attributes, BufferReader buffers) {
   ForwardCall call{};
   JFA_ASSIGN_OR_RETURN(call.spec, decode_spec(attributes));
-  const QkvViews inputs =
-      read_qkv(call.spec.packing, [&] { return buffers.next_argument(); });
+  const QkvViews inputs = read_qkv(call.spec.packing, [&] { return buffers.next_argument(); });
   if (call.spec.alibi) call.slopes = head_values(buffers.next_argument());
   if (call.spec.dropout()) call.dropout_keys = head_values(buffers.next_argument());
   const auto out = buffers.next_result();

@@ -177,8 +177,8 @@ nb::list devices() {
     row["compute_capability"] = info.compute_capability;
     row["multiprocessors"] = info.multiprocessors;
     row["architecture"] =
-        value_or_raise(launchers::device_target(info.compute_capability,
-                                                info.shared_bytes_per_block_optin))
+        value_or_raise(
+            launchers::device_target(info.compute_capability, info.shared_bytes_per_block_optin))
             .architecture;
     result.append(row);
   }

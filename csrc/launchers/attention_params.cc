@@ -16,8 +16,9 @@ constexpr std::int64_t kLargestSeqlen = std::int64_t{1} << 28;
 // Rows of the smallest tile of any kernel: bounds the number of CTAs.
 constexpr std::int64_t kSmallestTile = 16;
 
+// A side without a limit gets a window longer than any sequence.
 int window(std::int64_t size) {
-  return static_cast<int>(std::clamp<std::int64_t>(size, 0, kLargestSeqlen));
+  return static_cast<int>(size < 0 ? kLargestSeqlen : std::min(size, kLargestSeqlen));
 }
 
 // A probability is kept when its 32 random bits are at least this (jax_flash_attn/dropout.py).
@@ -32,15 +33,15 @@ Status check_sizes(const AttentionShape& shape) {
     return Status::unimplemented("Sequences of more than 2^28 rows are not supported.");
   }
   const std::int64_t rows = std::max(shape.seqlen_q, shape.seqlen_k);
-  if (shape.batch * shape.heads > (std::int64_t{1} << 31) / std::max<std::int64_t>(
-                                      1, ceil_div(rows, kSmallestTile))) {
-    return Status::unimplemented("batch * heads * seqlen is too large for one launch: split the batch.");
+  if (shape.batch * shape.heads >
+      (std::int64_t{1} << 31) / std::max<std::int64_t>(1, ceil_div(rows, kSmallestTile))) {
+    return Status::unimplemented(
+        "batch * heads * seqlen is too large for one launch: split the batch.");
   }
   return Status();
 }
 
-jfa::AttentionParams make_attention_params(const AttentionSpec& spec,
-                                           const AttentionShape& shape) {
+jfa::AttentionParams make_attention_params(const AttentionSpec& spec, const AttentionShape& shape) {
   jfa::AttentionParams params{};
   params.batch = static_cast<int>(shape.batch);
   params.heads = static_cast<int>(shape.heads);
@@ -60,8 +61,8 @@ jfa::AttentionParams make_attention_params(const AttentionSpec& spec,
 StatusOr<CurrentDevice> current_target() {
   JFA_ASSIGN_OR_RETURN(const int ordinal, runtime::current_device());
   JFA_ASSIGN_OR_RETURN(const runtime::DeviceInfo* info, runtime::device_info(ordinal));
-  JFA_ASSIGN_OR_RETURN(Target target, device_target(info->compute_capability,
-                                                    info->shared_bytes_per_block_optin));
+  JFA_ASSIGN_OR_RETURN(Target target,
+                       device_target(info->compute_capability, info->shared_bytes_per_block_optin));
   return CurrentDevice{ordinal, std::move(target)};
 }
 
@@ -72,8 +73,8 @@ StatusOr<const runtime::Kernel*> load(const KernelSpecialization& kernel, int de
 Status check_not_capturing(runtime::CUstream stream) {
   JFA_ASSIGN_OR_RETURN(const runtime::DriverApi* cuda, runtime::driver());
   runtime::CUstreamCaptureStatus capture{};
-  JFA_RETURN_IF_ERROR(runtime::driver_error(cuda->cuStreamIsCapturing(stream, &capture),
-                                            "cuStreamIsCapturing"));
+  JFA_RETURN_IF_ERROR(
+      runtime::driver_error(cuda->cuStreamIsCapturing(stream, &capture), "cuStreamIsCapturing"));
   if (capture == runtime::CU_STREAM_CAPTURE_STATUS_NONE) return Status();
   return Status::failed_precondition(
       "A flash attention kernel was not loaded when a CUDA graph that calls it was recorded. Run "

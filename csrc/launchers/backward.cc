@@ -30,8 +30,8 @@ StatusOr<BackwardPlan> make_plan(const BackwardCall& call) {
   JFA_ASSIGN_OR_RETURN(const CurrentDevice device, current_target());
   JFA_ASSIGN_OR_RETURN(BackwardSpecialization specialization,
                        specialize_backward(call.spec, call.shape, device.target));
-  // Compiling needs no context, so the two small kernels compile beside the large one; their failures
-  // come back through load().
+  // Compiling needs no context, so the two small kernels compile beside the large one; their
+  // failures come back through load().
   const auto compile = [](const KernelSpecialization* kernel) {
     return std::async(std::launch::async,
                       [kernel] { (void)runtime::kernel_cache().cubin(kernel->request); });
@@ -63,8 +63,7 @@ jfa::BackwardParams backward_params(const BackwardCall& call) {
   const auto round_up = [](std::int64_t value, std::int64_t multiple) {
     return ceil_div(value, multiple) * multiple;
   };
-  params.padded_rows =
-      static_cast<int>(round_up(call.shape.seqlen_q, jfa::kWorkspaceRowMultiple));
+  params.padded_rows = static_cast<int>(round_up(call.shape.seqlen_q, jfa::kWorkspaceRowMultiple));
   params.padded_columns =
       static_cast<int>(round_up(call.shape.head_dim, jfa::kWorkspaceColumnMultiple));
   params.dq_accum = call.dq_accum;
@@ -79,7 +78,8 @@ jfa::BackwardParams backward_params(const BackwardCall& call) {
 Status prepare_backward(const BackwardCall& call) {
   JFA_RETURN_IF_ERROR(check_sizes(call.shape));
   JFA_ASSIGN_OR_RETURN(const int device, runtime::current_device());
-  return plans().get(plan_key(call.spec, call.shape, device), [&] { return make_plan(call); })
+  return plans()
+      .get(plan_key(call.spec, call.shape, device), [&] { return make_plan(call); })
       .status();
 }
 
@@ -97,11 +97,10 @@ Status run_backward(const BackwardCall& call, runtime::CUstream stream) {
   JFA_RETURN_IF_ERROR(launch(*plan->preprocess, specialization.preprocess,
                              params.padded_rows / jfa::kWorkspaceRowMultiple * query_heads, stream,
                              &params));
-  JFA_RETURN_IF_ERROR(
-      launch(*plan->main, specialization.main,
-             ceil_div(call.shape.seqlen_k, specialization.tiles.tile_k) * call.shape.batch *
-                 call.shape.heads_k,
-             stream, &params));
+  JFA_RETURN_IF_ERROR(launch(*plan->main, specialization.main,
+                             ceil_div(call.shape.seqlen_k, specialization.tiles.tile_k) *
+                                 call.shape.batch * call.shape.heads_k,
+                             stream, &params));
   return launch(*plan->postprocess, specialization.postprocess,
                 ceil_div(call.shape.seqlen_q, specialization.tiles.tile_q) * query_heads, stream,
                 &params);

@@ -35,7 +35,8 @@ StatusOr<ForwardPlan> make_plan(const ForwardCall& call) {
 Status prepare_forward(const ForwardCall& call) {
   JFA_RETURN_IF_ERROR(check_sizes(call.shape));
   JFA_ASSIGN_OR_RETURN(const int device, runtime::current_device());
-  return plans().get(plan_key(call.spec, call.shape, device), [&] { return make_plan(call); })
+  return plans()
+      .get(plan_key(call.spec, call.shape, device), [&] { return make_plan(call); })
       .status();
 }
 
@@ -51,8 +52,7 @@ Status run_forward(const ForwardCall& call, runtime::CUstream stream) {
   params.attention = attention_params(call);
   params.out = call.out;
   params.lse = call.lse;
-  const std::int64_t tiles =
-      ceil_div(call.shape.seqlen_q, plan->specialization.tiles.tile_q);
+  const std::int64_t tiles = ceil_div(call.shape.seqlen_q, plan->specialization.tiles.tile_q);
   return launch(*plan->kernel, plan->specialization.main,
                 tiles * call.shape.heads * call.shape.batch, stream, &params);
 }

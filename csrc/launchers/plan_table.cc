@@ -7,8 +7,7 @@ namespace jax_flash_attn::launchers {
 PlanKey plan_key(const AttentionSpec& spec, const AttentionShape& shape, int device) {
   const bool bits[] = {
       shape.element == Element::kFloat16,
-      spec.window_left >= 0,
-      spec.window_right >= 0,
+      spec.windowed(),
       spec.softcap > 0.0,
       spec.alibi,
       spec.dropout(),

@@ -1,7 +1,7 @@
 // PlanTable: the kernels of each specialization, ready on each device, found by a few integers.
 //
-// XLA runs the initialize stage before every execution, so the usual case must cost next to nothing:
-// one hash of the key and one lookup under a shared lock; no text is built.
+// XLA runs the initialize stage before every execution, so the usual case must cost next to
+// nothing: one hash of the key and one lookup under a shared lock; no text is built.
 #pragma once
 
 #include <array>

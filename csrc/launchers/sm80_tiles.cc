@@ -27,26 +27,26 @@ struct Row {
 
 // Rows are tried from the top; the first that serves the head dim and the features and fits into
 // shared memory is taken. 227 KB: sm_90, sm_100. 163 KB: sm_80. 99 KB: sm_86, sm_89, sm_120.
-//                                  tile_q  tile_k  warps  ctas
+//                                  tile_q  tile_k  warps  unroll  ctas
 constexpr Row<ForwardTiles> kForward[] = {
-    {64, Features::kPlain, {128, 64, 4, 2}},
-    {64, Features::kAny, {64, 64, 4, 2}},
-    {128, Features::kPlain, {128, 32, 4, 2}},
-    {128, Features::kAny, {64, 64, 4, 2}},
-    {kAnyHeadDim, Features::kAny, {64, 64, 4, 2}},
-    {kAnyHeadDim, Features::kAny, {64, 32, 4, 1}},
+    {64, Features::kPlain, {128, 128, 4, 4, 2}},
+    {64, Features::kAny, {128, 64, 4, 2, 2}},
+    {128, Features::kPlain, {128, 48, 4, 8, 2}},
+    {128, Features::kAny, {128, 32, 4, 2, 2}},
+    {kAnyHeadDim, Features::kAny, {64, 64, 4, 4, 2}},
+    {kAnyHeadDim, Features::kAny, {64, 32, 4, 4, 1}},
 };
 
-//                                  tile_q  tile_k  warps  score key query rows  stages  ctas
+//                      tile_q  tile_k  warps  row warps: score key query  stages  unroll  ctas
 constexpr Row<BackwardTiles> kBackward[] = {
-    {64, Features::kAny, {64, 128, 8, 2, 4, 2, 2, 1}},
-    {128, Features::kPlain, {64, 128, 8, 2, 4, 2, 2, 1}},
-    {128, Features::kAny, {64, 64, 8, 4, 2, 2, 2, 1}},
-    {128, Features::kAny, {64, 64, 8, 4, 2, 2, 1, 1}},
-    {192, Features::kAny, {64, 64, 8, 4, 2, 2, 1, 1}},
-    {kAnyHeadDim, Features::kPlain, {64, 64, 8, 4, 2, 2, 1, 1}},
-    {kAnyHeadDim, Features::kAny, {32, 64, 8, 2, 2, 2, 1, 1}},
-    {kAnyHeadDim, Features::kAny, {32, 32, 4, 2, 2, 2, 1, 1}},
+    {64, Features::kAny, {128, 128, 8, 4, 4, 4, 2, 2, 1}},
+    {64, Features::kAny, {64, 128, 8, 2, 4, 2, 1, 2, 1}},
+    {128, Features::kAny, {64, 128, 8, 2, 4, 2, 2, 8, 1}},
+    {128, Features::kAny, {64, 64, 8, 4, 2, 2, 1, 4, 1}},
+    {192, Features::kAny, {64, 64, 8, 4, 2, 2, 1, 4, 1}},
+    {kAnyHeadDim, Features::kPlain, {64, 64, 8, 4, 2, 2, 1, 4, 1}},
+    {kAnyHeadDim, Features::kAny, {32, 64, 8, 2, 2, 2, 1, 4, 1}},
+    {kAnyHeadDim, Features::kAny, {32, 32, 4, 2, 2, 2, 1, 4, 1}},
 };
 
 struct Overrides {
@@ -134,15 +134,15 @@ Status override_tiles(const std::string& operation, const std::string& tiles) {
   if (operation == "forward") {
     state.forward.reset();
     if (!tiles.empty()) {
-      JFA_ASSIGN_OR_RETURN(const auto numbers, parse_numbers<4>(tiles));
-      state.forward = ForwardTiles{numbers[0], numbers[1], numbers[2], numbers[3]};
+      JFA_ASSIGN_OR_RETURN(const auto numbers, parse_numbers<5>(tiles));
+      state.forward = ForwardTiles{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
     }
   } else if (operation == "backward") {
     state.backward.reset();
     if (!tiles.empty()) {
-      JFA_ASSIGN_OR_RETURN(const auto numbers, parse_numbers<8>(tiles));
-      state.backward = BackwardTiles{numbers[0], numbers[1], numbers[2], numbers[3],
-                                     numbers[4], numbers[5], numbers[6], numbers[7]};
+      JFA_ASSIGN_OR_RETURN(const auto numbers, parse_numbers<9>(tiles));
+      state.backward = BackwardTiles{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
+                                     numbers[5], numbers[6], numbers[7], numbers[8]};
     }
   } else {
     return Status::invalid_argument("operation must be 'forward' or 'backward', got '" + operation +

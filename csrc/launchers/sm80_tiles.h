@@ -1,5 +1,5 @@
-// The tile table of the sm80 family: which tiles compute a call, by head dim, features and the shared
-// memory a CTA can have. This is the one place where tiles are decided.
+// The tile table of the sm80 family: which tiles compute a call, by head dim, features and the
+// shared memory a CTA can have. This is the one place where tiles are decided.
 #pragma once
 
 #include <string>
@@ -13,6 +13,7 @@ struct ForwardTiles {
   int tile_q;
   int tile_k;
   int warps;
+  int score_unroll;  // steps of q k^T unrolled together: fewer hold fewer registers
   int ctas;  // per multiprocessor: caps the registers of a thread at 65536 / (ctas * threads)
 };
 
@@ -23,7 +24,8 @@ struct BackwardTiles {
   int score_row_warps;  // of `warps`, how many lie along the rows of each of the three products
   int key_row_warps;
   int query_row_warps;
-  int stages;  // of q and dout
+  int stages;        // of q and dout
+  int score_unroll;  // as in ForwardTiles, also for dout v^T
   int ctas;
 };
 
@@ -32,13 +34,14 @@ runtime::StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, int hea
 runtime::StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, int head_dim,
                                                 int shared_bytes_available);
 
-// Dynamic shared memory of the kernels built from these tiles (sm80/forward.cuh, sm80/backward.cuh).
+// Dynamic shared memory of the kernels built from these tiles (sm80/forward.cuh,
+// sm80/backward.cuh).
 int forward_shared_bytes(const ForwardTiles& tiles, int head_dim);
 int backward_shared_bytes(const BackwardTiles& tiles, int head_dim);
 int backward_postprocess_shared_bytes(const BackwardTiles& tiles, int head_dim);
 
-// Replaces the table's choice in this process until it is called with an empty string: the numbers of
-// ForwardTiles or BackwardTiles in order, separated by commas. For tests and tuning.
+// Replaces the table's choice in this process until it is called with an empty string: the numbers
+// of ForwardTiles or BackwardTiles in order, separated by commas. For tests and tuning.
 runtime::Status override_tiles(const std::string& operation, const std::string& tiles);
 // Grows with every override, so that whoever remembers a choice knows when it is out of date.
 int tiles_generation();

@@ -28,14 +28,12 @@ void element_constants(std::string& text, const AttentionShape& shape) {
 // The part of a Config that says what is computed. A feature that is off is a constant, so it costs
 // nothing.
 void feature_constants(std::string& text, const AttentionSpec& spec) {
-  constant(text, "kWindowLeft", spec.window_left >= 0);
-  constant(text, "kWindowRight", spec.window_right >= 0);
+  constant(text, "kWindowed", spec.windowed());
   constant(text, "kSoftcap", spec.softcap > 0.0);
   constant(text, "kAlibi", spec.alibi);
   constant(text, "kDropout", spec.dropout());
   // attention/score_transform.cuh: only a positive scale can stay out of the scores.
-  constant(text, "kScoresScaled",
-           spec.softcap > 0.0 || spec.alibi || !(spec.softmax_scale > 0.0));
+  constant(text, "kScoresScaled", spec.softcap > 0.0 || spec.alibi || !(spec.softmax_scale > 0.0));
 }
 
 std::string program(const std::string& include, const std::string& config, int threads, int ctas,
@@ -64,10 +62,11 @@ Status check_fits(int shared_bytes, const Target& target) {
 
 StatusOr<Target> device_target(int compute_capability, int shared_bytes) {
   if (compute_capability < kOldestComputeCapability) {
-    return Status::unimplemented("The kernels need compute capability 8.0 (Ampere) or newer; this "
-                                 "device has " +
-                                 std::to_string(compute_capability / 10) + "." +
-                                 std::to_string(compute_capability % 10) + ".");
+    return Status::unimplemented(
+        "The kernels need compute capability 8.0 (Ampere) or newer; this "
+        "device has " +
+        std::to_string(compute_capability / 10) + "." + std::to_string(compute_capability % 10) +
+        ".");
   }
   JFA_ASSIGN_OR_RETURN(const std::vector<int> known, runtime::supported_architectures());
   int best = 0;
@@ -85,8 +84,7 @@ StatusOr<Target> device_target(int compute_capability, int shared_bytes) {
 }
 
 StatusOr<Target> named_target(const std::string& architecture) {
-  const int number =
-      architecture.rfind("sm_", 0) == 0 ? std::atoi(architecture.c_str() + 3) : 0;
+  const int number = architecture.rfind("sm_", 0) == 0 ? std::atoi(architecture.c_str() + 3) : 0;
   if (number < kOldestComputeCapability) {
     return Status::invalid_argument("architecture must be sm_80 or newer, such as sm_90, got '" +
                                     architecture + "'.");
@@ -113,11 +111,12 @@ StatusOr<ForwardSpecialization> specialize_forward(const AttentionSpec& spec,
   constant(config, "kTileQ", tiles.tile_q);
   constant(config, "kTileK", tiles.tile_k);
   constant(config, "kWarps", tiles.warps);
+  constant(config, "kScoreUnroll", tiles.score_unroll);
   feature_constants(config, spec);
   const std::string entry = "flash_forward_sm80";
   const std::string source =
-      program("sm80/forward.cuh", config, tiles.warps * 32, tiles.ctas, entry,
-              "ForwardParams", "jfa::sm80::forward<Config>(params, shared)");
+      program("sm80/forward.cuh", config, tiles.warps * 32, tiles.ctas, entry, "ForwardParams",
+              "jfa::sm80::forward<Config>(params, shared)");
   return ForwardSpecialization{
       tiles, {{source, target.architecture}, entry, tiles.warps * 32, shared_bytes}};
 }
@@ -136,9 +135,8 @@ StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
   element_constants(element, shape);
   const std::string preprocess_entry = "flash_backward_preprocess";
   const std::string preprocess =
-      program("portable/backward_preprocess.cuh", element, kPreprocessThreads, 1,
-              preprocess_entry, "BackwardParams",
-              "jfa::portable::backward_preprocess<Config>(params)");
+      program("portable/backward_preprocess.cuh", element, kPreprocessThreads, 1, preprocess_entry,
+              "BackwardParams", "jfa::portable::backward_preprocess<Config>(params)");
 
   std::string layout;
   element_constants(layout, shape);
@@ -149,17 +147,18 @@ StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
   constant(layout, "kKeyRowWarps", tiles.key_row_warps);
   constant(layout, "kQueryRowWarps", tiles.query_row_warps);
   constant(layout, "kStages", tiles.stages);
+  constant(layout, "kScoreUnroll", tiles.score_unroll);
   const std::string postprocess_entry = "flash_backward_postprocess_sm80";
   const std::string postprocess =
-      program("sm80/backward.cuh", layout, tiles.warps * 32, 1, postprocess_entry,
-              "BackwardParams", "jfa::sm80::backward_postprocess<Config>(params, shared)");
+      program("sm80/backward.cuh", layout, tiles.warps * 32, 1, postprocess_entry, "BackwardParams",
+              "jfa::sm80::backward_postprocess<Config>(params, shared)");
 
   feature_constants(layout, spec);
   constant(layout, "kDeterministic", spec.deterministic);
   const std::string entry = "flash_backward_sm80";
   const std::string source =
-      program("sm80/backward.cuh", layout, tiles.warps * 32, tiles.ctas, entry,
-              "BackwardParams", "jfa::sm80::backward<Config>(params, shared)");
+      program("sm80/backward.cuh", layout, tiles.warps * 32, tiles.ctas, entry, "BackwardParams",
+              "jfa::sm80::backward<Config>(params, shared)");
   return BackwardSpecialization{
       tiles,
       {{preprocess, target.architecture}, preprocess_entry, kPreprocessThreads, 0},

@@ -38,8 +38,8 @@ struct BackwardSpecialization {
   KernelSpecialization postprocess;
 };
 
-// The target for a device's compute capability: the newest architecture of the same major version that
-// both the device and NVRTC know.
+// The target for a device's compute capability: the newest architecture of the same major version
+// that both the device and NVRTC know.
 runtime::StatusOr<Target> device_target(int compute_capability, int shared_bytes);
 // The target for an architecture that is only named ("sm_90").
 runtime::StatusOr<Target> named_target(const std::string& architecture);

@@ -29,8 +29,7 @@ std::optional<std::string> read_whole_file(const std::string& path) {
 bool write_whole_file(const std::string& path, const std::string& content) {
   File file(std::fopen(path.c_str(), "wb"));
   if (file == nullptr) return false;
-  const bool written =
-      std::fwrite(content.data(), 1, content.size(), file.get()) == content.size();
+  const bool written = std::fwrite(content.data(), 1, content.size(), file.get()) == content.size();
   return std::fclose(file.release()) == 0 && written;
 }
 

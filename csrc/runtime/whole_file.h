@@ -1,7 +1,8 @@
 // Whole files in one read or write, by C stdio.
 //
-// Nothing here, or anywhere in csrc, uses C++ streams: some toolchains link libstdc++ statically, and
-// the locale tables of two copies in one process do not agree, which crashes the first formatted number.
+// Nothing here, or anywhere in csrc, uses C++ streams: some toolchains link libstdc++ statically,
+// and the locale tables of two copies in one process do not agree, which crashes the first
+// formatted number.
 #pragma once
 
 #include <optional>

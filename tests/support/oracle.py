@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jax_flash_attn import reference
+from tests.support import closeness, inputs
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
@@ -34,6 +35,33 @@ def naive(operands, dout, dlse, spec):
     if dtype.itemsize < 4:
         results["lse"] = np.asarray(_lse(*operands, spec=spec))
     return results
+
+
+def of(case, arrays):
+    """Returns (exact, naive) by name for the arrays of a case, computed on the CPU.
+
+    On a GPU the many small programs would take too long to compile.
+    """
+    arrays = jax.device_put(arrays, jax.devices("cpu")[0])
+    arguments = (
+        inputs.primitive_operands(case, arrays),
+        arrays["dout"],
+        arrays["dlse"],
+        inputs.spec(case),
+    )
+    right, yardstick = exact(*arguments), naive(*arguments)
+    return {name: (right[name], yardstick[name]) for name in NAMES}
+
+
+def expected(case, seed=0):
+    """Returns `of` a case and the arrays that a seed makes for it."""
+    return of(case, inputs.make(case, seed))
+
+
+def check(results, right, names=NAMES):
+    """Asserts that results by name are as close to `expected` ones as they must be."""
+    for name in names:
+        closeness.assert_close_to_oracle(results[name], *right[name], what=name)
 
 
 def _compute(operands, dout, dlse, spec, dtype):

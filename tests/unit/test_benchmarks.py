@@ -157,7 +157,7 @@ def _cell_line(run_id, contender, tflops, name="gpt2", **fields):
         "mode": "fwd",
         "contender": contender,
         "status": "ok",
-        "spread": 0.01,
+        "spread": 0.015,
         **figures,
         **fields,
     }

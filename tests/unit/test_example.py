@@ -33,7 +33,7 @@ def tiny(train_gpt):
 
 def test_loss_falls_and_the_model_writes(train_gpt, tiny, text):
     model, losses = train_gpt.train(tiny, text)
-    assert losses[0] == pytest.approx(np.log(256), rel=0.05)
+    assert losses[0] == pytest.approx(np.log(256), rel=0.2)
     assert losses[-1] < losses[0] - 0.5
     assert train_gpt.held_out_loss(model, tiny, text) < losses[0] - 0.5
     assert len(train_gpt.generate(model, text[: tiny.seqlen], 5, seed=0)) == 5

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <params/tensor_view.h>
+#include <ptx/special_register.cuh>
 
 namespace jfa::attention {
 
@@ -15,15 +16,14 @@ __device__ __forceinline__ unsigned short* head_address(const TensorView& view, 
 // A CTA's place in a grid of (tile, head, batch) with the tile fastest, as one dimension: the
 // batch that vmap folds together may pass the 65,535 limit of the other grid dimensions.
 // It is cheap to compute and costs registers to keep: kernels make one before their main loop and
-// another behind it, and the volatile read stops the compiler from merging the two.
+// another behind it.
 struct GridPlace {
   int tile;
   int head;
   int batch;
 
   __device__ __forceinline__ GridPlace(int tiles, int heads) {
-    unsigned index;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    const unsigned index = ptx::reread_cta();
     tile = index % tiles;
     head = index / tiles % heads;
     batch = index / tiles / heads;

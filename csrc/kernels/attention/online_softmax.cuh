@@ -58,9 +58,9 @@ struct OnlineSoftmax {
         float& total = sum[m][half];
         total += __shfl_xor_sync(0xffffffffu, total, 1);
         total += __shfl_xor_sync(0xffffffffu, total, 2);
-        lse[m][half] = total == 0.0f ? -ptx::infinity()
-                                     : (reference[m][half] * exponent_scale * ptx::kLn2 +
-                                        logf(total));
+        lse[m][half] = total == 0.0f
+                           ? -ptx::infinity()
+                           : (reference[m][half] * exponent_scale * ptx::kLn2 + logf(total));
       }
   }
 
@@ -70,8 +70,8 @@ struct OnlineSoftmax {
     float maximum = -ptx::infinity();
 #pragma unroll
     for (int n = 0; n < Scores::kColumnTiles; ++n)
-      maximum = fmaxf(maximum, fmaxf(scores.values[m][n][2 * half],
-                                     scores.values[m][n][2 * half + 1]));
+      maximum =
+          fmaxf(maximum, fmaxf(scores.values[m][n][2 * half], scores.values[m][n][2 * half + 1]));
     maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
     return fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
   }
@@ -85,8 +85,7 @@ struct OnlineSoftmax {
       for (int half = 0; half < 2; ++half) {
         const float moved = fmaxf(reference[m][half], row_max[m][half]);
         if (moved == reference[m][half]) continue;
-        const float factor =
-            ptx::exp2_approx((reference[m][half] - moved) * exponent_scale);
+        const float factor = ptx::exp2_approx((reference[m][half] - moved) * exponent_scale);
         reference[m][half] = moved;
         sum[m][half] *= factor;
 #pragma unroll
@@ -100,9 +99,8 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void exponentiate(Scores& scores, int m, int half,
                                                float exponent_scale) {
     // A row without keys so far has only -inf scores: 2^(-inf - 0) is the 0 it needs.
-    const float offset = reference[m][half] == -ptx::infinity()
-                             ? 0.0f
-                             : reference[m][half] * exponent_scale;
+    const float offset =
+        reference[m][half] == -ptx::infinity() ? 0.0f : reference[m][half] * exponent_scale;
 #pragma unroll
     for (int n = 0; n < Scores::kColumnTiles; ++n)
 #pragma unroll

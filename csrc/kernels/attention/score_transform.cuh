@@ -55,8 +55,8 @@ struct ScoreTransform {
               // tanh(x) = 1 - 2 / (1 + e^2x), exact to fp32 rounding of its absolute value;
               // tanh.approx has only 11 bits, which shows at large caps.
               const float exponential = ptx::exp2_approx(score * softcap_input);
-              score = softcap_log2 -
-                      2.0f * softcap_log2 * ptx::reciprocal_approx(1.0f + exponential);
+              score =
+                  softcap_log2 - 2.0f * softcap_log2 * ptx::reciprocal_approx(1.0f + exponential);
             } else {
               score *= scale_log2;
             }
@@ -86,13 +86,20 @@ __device__ __forceinline__ void mask_scores(Acc& scores, const Layout& layout,
 #pragma unroll
   for (int m = 0; m < Acc::kRowTiles; ++m)
 #pragma unroll
-    for (int n = 0; n < Acc::kColumnTiles; ++n)
+    for (int half = 0; half < 2; ++half) {
+      // Relative to this lane's first key, so that each comparison is with a constant.
+      const int query = layout.query(m, 2 * half);
+      const int last = range.last_visible(query) - layout.first_key;
+      const int first = range.first_visible(query) - layout.first_key;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (!range.visible(layout.query(m, i), layout.key(n, i))) {
-          scores.values[m][n][i] = -ptx::infinity();
+      for (int n = 0; n < Acc::kColumnTiles; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int key = Layout::key_offset(n, c);
+          if (key > last || (Config::kWindowed && key < first))
+            scores.values[m][n][2 * half + c] = -ptx::infinity();
         }
-      }
+    }
 }
 
 }  // namespace jfa::attention

@@ -1,7 +1,8 @@
 // Which keys a run of queries can see, which queries can see a run of keys, and which tiles of the
 // score matrix the mask cuts. Query i sees key j where
-//   i + diagonal - window_left <= j <= i + diagonal + window_right  and  j < seqlen_k;
-// a side that Config leaves open has no limit.
+//   i + diagonal - window_left <= j <= i + diagonal + window_right  and  j < seqlen_k.
+// A side without a limit comes as a window longer than any sequence: one kernel serves causal masks
+// and windows of every kind, and tiles that no limit cuts are not masked.
 #pragma once
 
 #include <params/attention_params.h>
@@ -28,16 +29,19 @@ struct VisibleRange {
         left(params.diagonal - params.window_left),
         right(params.diagonal + params.window_right) {}
 
-  __device__ __forceinline__ bool visible(int query, int key) const {
-    return key < seqlen_k && (!Config::kWindowRight || key <= query + right) &&
-           (!Config::kWindowLeft || key >= query + left);
+  // The keys that a query sees, first and last.
+  __device__ __forceinline__ int first_visible(int query) const {
+    return Config::kWindowed ? query + left : 0;
+  }
+  __device__ __forceinline__ int last_visible(int query) const {
+    return Config::kWindowed ? min(seqlen_k - 1, query + right) : seqlen_k - 1;
   }
 
   // Key tiles that some query of [first_query, first_query + kTileQ) sees.
   __device__ __forceinline__ Range key_tiles(int first_query) const {
     const int last_query = min(first_query + Config::kTileQ, seqlen_q) - 1;
-    const int begin = Config::kWindowLeft ? max(0, first_query + left) : 0;
-    const int end = Config::kWindowRight ? min(seqlen_k, last_query + right + 1) : seqlen_k;
+    const int begin = Config::kWindowed ? max(0, first_query + left) : 0;
+    const int end = Config::kWindowed ? min(seqlen_k, last_query + right + 1) : seqlen_k;
     if (begin >= end) return {0, 0};
     return {begin / Config::kTileK, (end + Config::kTileK - 1) / Config::kTileK};
   }
@@ -45,8 +49,8 @@ struct VisibleRange {
   // Query tiles that see some key of [first_key, first_key + kTileK).
   __device__ __forceinline__ Range query_tiles(int first_key) const {
     const int last_key = min(first_key + Config::kTileK, seqlen_k) - 1;
-    const int begin = Config::kWindowRight ? max(0, first_key - right) : 0;
-    const int end = Config::kWindowLeft ? min(seqlen_q, last_key - left + 1) : seqlen_q;
+    const int begin = Config::kWindowed ? max(0, first_key - right) : 0;
+    const int end = Config::kWindowed ? min(seqlen_q, last_key - left + 1) : seqlen_q;
     if (begin >= end) return {0, 0};
     return {begin / Config::kTileQ, (end + Config::kTileQ - 1) / Config::kTileQ};
   }
@@ -55,8 +59,8 @@ struct VisibleRange {
   __device__ __forceinline__ bool cuts(int first_query, int first_key) const {
     const int last_key = first_key + Config::kTileK - 1;
     const int last_query = first_query + Config::kTileQ - 1;
-    return last_key >= seqlen_k || (Config::kWindowRight && last_key > first_query + right) ||
-           (Config::kWindowLeft && first_key < last_query + left);
+    return last_key >= seqlen_k ||
+           (Config::kWindowed && (last_key > first_query + right || first_key < last_query + left));
   }
 };
 

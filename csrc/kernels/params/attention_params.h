@@ -17,9 +17,9 @@ struct AttentionParams {
   int heads_k;
   int seqlen_q;
   int seqlen_k;
-  int diagonal;      // key index that query 0 is aligned with, for masks
-  int window_left;   // read when Config::kWindowLeft
-  int window_right;  // read when Config::kWindowRight
+  int diagonal;     // key index that query 0 is aligned with, for masks
+  int window_left;  // of masks; longer than any sequence where a side has no limit
+  int window_right;
   float softmax_scale;
   float softcap;
   unsigned int dropout_threshold;  // a probability is kept when its random word is at least this

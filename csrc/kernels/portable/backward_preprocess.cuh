@@ -51,9 +51,8 @@ __device__ __forceinline__ void backward_preprocess(const BackwardParams& params
   const unsigned short* out = attention::head_address(params.out, place.batch, place.head);
   const unsigned short* dout = attention::head_address(params.dout, place.batch, place.head);
   const auto statistics = [&](const float* values, int batches) {
-    return values +
-           (static_cast<long long>(place.batch % batches) * attention.heads + place.head) *
-               attention.seqlen_q;
+    return values + (static_cast<long long>(place.batch % batches) * attention.heads + place.head) *
+                        attention.seqlen_q;
   };
   const float* lse = statistics(params.lse, params.lse_batches);
 
@@ -74,7 +73,8 @@ __device__ __forceinline__ void backward_preprocess(const BackwardParams& params
     if (chunk == 0) {
       const float row_lse = exists ? lse[row] : -ptx::infinity();
       const bool empty = row_lse == -ptx::infinity();
-      if (exists && params.dlse != nullptr) sum -= statistics(params.dlse, params.dlse_batches)[row];
+      if (exists && params.dlse != nullptr)
+        sum -= statistics(params.dlse, params.dlse_batches)[row];
       params.lse_log2[head * params.padded_rows + row] =
           empty ? ptx::infinity() : row_lse * ptx::kLog2E;
       params.delta[head * params.padded_rows + row] = empty ? 0.0f : sum;
@@ -82,8 +82,8 @@ __device__ __forceinline__ void backward_preprocess(const BackwardParams& params
   }
 
   const long long row_floats = params.padded_columns;
-  float4* accum = reinterpret_cast<float4*>(
-      params.dq_accum + (head * params.padded_rows + first_row) * row_floats);
+  float4* accum = reinterpret_cast<float4*>(params.dq_accum +
+                                            (head * params.padded_rows + first_row) * row_floats);
   for (int i = threadIdx.x; i < kPreprocessRows * row_floats / 4; i += kPreprocessThreads)
     accum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   if (params.turns != nullptr) {

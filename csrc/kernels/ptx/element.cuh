@@ -11,9 +11,7 @@ struct BFloat16 {
     return word;
   }
 
-  static __device__ __forceinline__ float low(unsigned word) {
-    return __uint_as_float(word << 16);
-  }
+  static __device__ __forceinline__ float low(unsigned word) { return __uint_as_float(word << 16); }
 
   static __device__ __forceinline__ float high(unsigned word) {
     return __uint_as_float(word & 0xffff0000u);

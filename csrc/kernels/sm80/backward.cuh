@@ -100,14 +100,11 @@ struct BackwardStep {
 template <class Config>
 struct BackwardStage {
   using Shapes = BackwardShapes<Config>;
-  unsigned q;
-  unsigned dout;
+  unsigned origin;  // q lies kQueryOffset and dout kDoutOffset bytes behind it
   int index;
 
   __device__ __forceinline__ BackwardStage(unsigned shared, int stage)
-      : q(shared + Shapes::kQueryOffset + stage * Shapes::QueryTile::kBytes),
-        dout(shared + Shapes::kDoutOffset + stage * Shapes::QueryTile::kBytes),
-        index(stage) {}
+      : origin(shared + stage * Shapes::QueryTile::kBytes), index(stage) {}
 
   __device__ __forceinline__ const float* lse(const unsigned char* shared) const {
     return reinterpret_cast<const float*>(shared + Shapes::kLseOffset +
@@ -127,13 +124,14 @@ __device__ __forceinline__ void load_step_async(const BackwardParams& params, in
   using QueryTile = typename Shapes::QueryTile;
   const int first_query = step.query_tile * Config::kTileQ;
   const int rows_valid = params.attention.seqlen_q - first_query;
-  const auto load = [&](unsigned target, const TensorView& view) {
+  const auto load = [&](int tile_offset, const TensorView& view) {
     tile::load_rows_async<QueryTile, Config::kHeadDim, Shapes::kThreads>(
-        target, attention::head_address(view, batch, step.head) + first_query * view.row_stride,
+        stage.origin, tile_offset,
+        attention::head_address(view, batch, step.head) + first_query * view.row_stride,
         view.row_stride, rows_valid);
   };
-  load(stage.q, params.attention.q);
-  load(stage.dout, params.dout);
+  load(Shapes::kQueryOffset, params.attention.q);
+  load(Shapes::kDoutOffset, params.dout);
   // Row statistics are padded to whole tiles in the workspace: no bound to check.
   constexpr int kChunks = Shapes::kStatisticsBytes / 16;
   if (threadIdx.x < 2 * kChunks) {
@@ -172,9 +170,8 @@ __device__ __forceinline__ void exponentiate(Scores& scores, const Layout& layou
 // softcap. A dropped probability comes with its sign bit set.
 template <class Config, class Scores, class Layout>
 __device__ __forceinline__ void differentiate_softmax(
-    Scores& dprobs, const Scores& probs, const Layout& layout, int first_query,
-    const float* delta, const float* lse, const attention::ScoreTransform<Config>& transform,
-    float dropout_scale) {
+    Scores& dprobs, const Scores& probs, const Layout& layout, int first_query, const float* delta,
+    const float* lse, const attention::ScoreTransform<Config>& transform, float dropout_scale) {
 #pragma unroll
   for (int m = 0; m < Scores::kRowTiles; ++m)
 #pragma unroll
@@ -195,10 +192,10 @@ __device__ __forceinline__ void differentiate_softmax(
           value = prob * (value - row_delta);
           if constexpr (Config::kSoftcap) {
             // A probability of 0 has no logarithm, and no gradient either.
-            value = prob == 0.0f ? 0.0f
-                                 : value * transform.softcap_derivative(
-                                               prob, lse[query - first_query], query,
-                                               layout.key(n, i));
+            value = prob == 0.0f
+                        ? 0.0f
+                        : value * transform.softcap_derivative(prob, lse[query - first_query],
+                                                               query, layout.key(n, i));
           }
         }
     }
@@ -253,7 +250,8 @@ __device__ __forceinline__ void write_key_gradient(const TensorView& view, int b
   const int warp = static_cast<int>(threadIdx.x) / 32;
   tile::store_accumulator<typename Config::Element, typename Shapes::KeyTile,
                           16 * Shapes::kKeyRowWarps, Shapes::kKeyColumnWarps>(
-      staging, gradient, warp % Shapes::kKeyRowWarps * 16, warp / Shapes::kKeyRowWarps);
+      tile::shared_address(staging), 0, gradient, warp % Shapes::kKeyRowWarps * 16,
+      warp / Shapes::kKeyRowWarps);
   __syncthreads();  // store_rows reads what other warps staged
   tile::store_rows<typename Shapes::KeyTile, Config::kHeadDim, Shapes::kThreads>(
       staging,
@@ -277,11 +275,12 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
   const int group = attention.heads / attention.heads_k;
   const attention::VisibleRange<Config> range(attention);
   const attention::Range query_tiles = range.query_tiles(first_key);
-  const int tiles = query_tiles.empty() ? 0 : query_tiles.end - query_tiles.begin;
-  const int steps = tiles * group;
-  const auto step_at = [&](int index) {
-    return BackwardStep{place.head * group + index / tiles, query_tiles.begin + index % tiles};
+  const int end_head = query_tiles.empty() ? place.head * group : (place.head + 1) * group;
+  const auto next_step = [&](const BackwardStep& step) {
+    return step.query_tile + 1 < query_tiles.end ? BackwardStep{step.head, step.query_tile + 1}
+                                                 : BackwardStep{step.head + 1, query_tiles.begin};
   };
+  BackwardStep step{place.head * group, query_tiles.begin};
 
   const unsigned shared_base = tile::shared_address(shared);
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -292,17 +291,17 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
   const int query_row = warp % Shapes::kQueryRowWarps * 16;
   const int query_column = warp / Shapes::kQueryRowWarps;
 
-  if (steps > 0) {
+  if (step.head < end_head) {
     const auto load_keys = [&](const TensorView& view, int offset) {
       tile::load_rows_async<KeyTile, Config::kHeadDim, Shapes::kThreads>(
-          shared_base + offset,
+          shared_base, offset,
           attention::head_address(view, place.batch, place.head) +
               static_cast<long long>(first_key) * view.row_stride,
           view.row_stride, attention.seqlen_k - first_key);
     };
     load_keys(attention.k, Shapes::kKeyOffset);
     load_keys(attention.v, Shapes::kValueOffset);
-    load_step_async<Config>(params, place.batch, step_at(0), shared_base,
+    load_step_async<Config>(params, place.batch, step, shared_base,
                             BackwardStage<Config>(shared_base, 0));
   }
 
@@ -312,83 +311,76 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
   dv.clear();
 
   const tile::TransposedOperand<KeyTile, 16 * Shapes::kScoreColumnWarps> k_rows{
-      {shared_base + Shapes::kKeyOffset, score_column * 16}};
+      {shared_base, Shapes::kKeyOffset, score_column * 16}};
   const tile::TransposedOperand<KeyTile, 16 * Shapes::kScoreColumnWarps> v_rows{
-      {shared_base + Shapes::kValueOffset, score_column * 16}};
+      {shared_base, Shapes::kValueOffset, score_column * 16}};
   const tile::StraightOperand<KeyTile, Shapes::kQueryColumnWarps> k_columns{
-      {shared_base + Shapes::kKeyOffset, 0, query_column}};
+      {shared_base, Shapes::kKeyOffset, 0, query_column}};
   const tile::ColumnOperand<ScoreTile, Shapes::kKeyRowWarps> probs_columns{
-      {shared_base + Shapes::kProbsOffset, 0, key_row}};
+      {shared_base, Shapes::kProbsOffset, 0, key_row}};
   const tile::ColumnOperand<ScoreTile, Shapes::kKeyRowWarps> dscores_columns{
-      {shared_base + Shapes::kDscoresOffset, 0, key_row}};
+      {shared_base, Shapes::kDscoresOffset, 0, key_row}};
   const tile::RowOperand<ScoreTile, 16 * Shapes::kQueryRowWarps> dscores_rows{
-      {shared_base + Shapes::kDscoresOffset, query_row}};
+      {shared_base, Shapes::kDscoresOffset, query_row}};
 
+  int stage_index = 0;
 #pragma unroll 1
-  for (int index = 0; index < steps; ++index) {
-    const BackwardStep step = step_at(index);
-    const BackwardStage<Config> stage(shared_base, index % Shapes::kStages);
+  while (step.head < end_head) {
+    const BackwardStage<Config> stage(shared_base, stage_index);
+    const BackwardStep next = next_step(step);
+    if constexpr (Shapes::kStages == 2) stage_index ^= 1;
     const int first_query = step.query_tile * Config::kTileQ;
     ptx::cp_async_wait<0>();
     __syncthreads();  // operands landed
-    if (Shapes::kStages == 2 && index + 1 < steps) {
-      load_step_async<Config>(params, place.batch, step_at(index + 1), shared_base,
-                              BackwardStage<Config>(shared_base, (index + 1) % 2));
+    if (Shapes::kStages == 2 && next.head < end_head) {
+      load_step_async<Config>(params, place.batch, next, shared_base,
+                              BackwardStage<Config>(shared_base, stage_index));
     }
 
     const attention::ScoreTransform<Config> transform(attention, place.batch, step.head);
     const typename Shapes::Layout layout(first_query + score_row, first_key + score_column * 16);
     typename Shapes::Scores probs;
     probs.clear();
-    tile::multiply_accumulate<Element, Shapes::kHeadDimSteps>(
-        probs, tile::RowOperand<QueryTile, 16 * Shapes::kScoreRowWarps>{{stage.q, score_row}},
+    tile::multiply_accumulate<Element, Shapes::kHeadDimSteps, Config::kScoreUnroll>(
+        probs,
+        tile::RowOperand<QueryTile, 16 * Shapes::kScoreRowWarps>{
+            {stage.origin, Shapes::kQueryOffset, score_row}},
         k_rows);
     transform.apply(probs, layout);
-    if (range.cuts(first_query, first_key)) attention::mask_scores(probs, layout, range);
-    exponentiate<Config>(probs, layout, first_query, stage.lse(shared),
-                         transform.exponent_scale);
+    if (range.cuts(first_query, first_key)) {
+      attention::mask_scores(probs, layout, attention::VisibleRange<Config>(attention));
+    }
+    exponentiate<Config>(probs, layout, first_query, stage.lse(shared), transform.exponent_scale);
     if constexpr (Config::kDropout) {
       mark_dropped<Config>(probs, attention::Dropout(attention, place.batch, step.head), layout);
     }
-    tile::store_accumulator<Element, ScoreTile, 16 * Shapes::kScoreRowWarps,
-                            Shapes::kScoreColumnWarps>(shared + Shapes::kProbsOffset,
-                                                       kept_probs<Config>(probs), score_row,
-                                                       score_column);
-
     typename Shapes::Scores dscores;
     dscores.clear();
-    tile::multiply_accumulate<Element, Shapes::kHeadDimSteps>(
-        dscores, tile::RowOperand<QueryTile, 16 * Shapes::kScoreRowWarps>{{stage.dout, score_row}},
+    tile::multiply_accumulate<Element, Shapes::kHeadDimSteps, Config::kScoreUnroll>(
+        dscores,
+        tile::RowOperand<QueryTile, 16 * Shapes::kScoreRowWarps>{
+            {stage.origin, Shapes::kDoutOffset, score_row}},
         v_rows);
+    tile::store_accumulator<Element, ScoreTile, 16 * Shapes::kScoreRowWarps,
+                            Shapes::kScoreColumnWarps>(
+        shared_base, Shapes::kProbsOffset, kept_probs<Config>(probs), score_row, score_column);
     differentiate_softmax<Config>(dscores, probs, layout, first_query, stage.delta(shared),
                                   stage.lse(shared), transform, attention.dropout_scale);
     tile::store_accumulator<Element, ScoreTile, 16 * Shapes::kScoreRowWarps,
-                            Shapes::kScoreColumnWarps>(shared + Shapes::kDscoresOffset, dscores,
+                            Shapes::kScoreColumnWarps>(shared_base, Shapes::kDscoresOffset, dscores,
                                                        score_row, score_column);
     __syncthreads();  // scores stored
 
     tile::multiply_accumulate<Element, Shapes::kQuerySteps>(
         dv, probs_columns,
-        tile::StraightOperand<QueryTile, Shapes::kKeyColumnWarps>{{stage.dout, 0, key_column}});
-    tile::multiply_accumulate<Element, Shapes::kQuerySteps>(
-        dk, dscores_columns,
-        tile::StraightOperand<QueryTile, Shapes::kKeyColumnWarps>{{stage.q, 0, key_column}});
-    if (Shapes::kStages == 1) {
-      __syncthreads();  // operands free
-      if (index + 1 < steps) {
-        load_step_async<Config>(params, place.batch, step_at(index + 1), shared_base,
-                                BackwardStage<Config>(shared_base, 0));
-      }
-    }
-
+        tile::StraightOperand<QueryTile, Shapes::kKeyColumnWarps>{
+            {stage.origin, Shapes::kDoutOffset, 0, key_column}});
     typename Shapes::QueryGradient dq;
     dq.clear();
     tile::multiply_accumulate<Element, Shapes::kKeySteps>(dq, dscores_rows, k_columns);
-    const long long head =
-        static_cast<long long>(place.batch) * attention.heads + step.head;
+    const long long head = static_cast<long long>(place.batch) * attention.heads + step.head;
     const tile::GlobalAccumulator<Shapes::kThreads> accumulator{
-        params.dq_accum +
-        (head * params.padded_rows + first_query) * params.padded_columns};
+        params.dq_accum + (head * params.padded_rows + first_query) * params.padded_columns};
     if constexpr (Config::kDeterministic) {
       int* turn = params.turns + (head * params.padded_rows + first_query) / kSmallestQueryTile;
       const int mine = place.tile - range.key_tiles(first_query).begin;
@@ -398,6 +390,17 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
     } else {
       accumulator.add(dq);
     }
+    tile::multiply_accumulate<Element, Shapes::kQuerySteps>(
+        dk, dscores_columns,
+        tile::StraightOperand<QueryTile, Shapes::kKeyColumnWarps>{
+            {stage.origin, Shapes::kQueryOffset, 0, key_column}});
+    if (Shapes::kStages == 1) {
+      __syncthreads();  // operands free
+      if (next.head < end_head) {
+        load_step_async<Config>(params, place.batch, next, shared_base, stage);
+      }
+    }
+    step = next;
   }
 
   __syncthreads();  // all warps are done with k and v, whose memory stages dk and dv
@@ -429,7 +432,8 @@ __device__ __forceinline__ void backward_postprocess(const BackwardParams& param
   dq.scale(attention.softmax_scale);
   tile::store_accumulator<typename Config::Element, typename Shapes::QueryTile,
                           16 * Shapes::kQueryRowWarps, Shapes::kQueryColumnWarps>(
-      shared, dq, warp % Shapes::kQueryRowWarps * 16, warp / Shapes::kQueryRowWarps);
+      tile::shared_address(shared), 0, dq, warp % Shapes::kQueryRowWarps * 16,
+      warp / Shapes::kQueryRowWarps);
   __syncthreads();  // store_rows reads what other warps staged
   tile::store_rows<typename Shapes::QueryTile, Config::kHeadDim, Shapes::kThreads>(
       shared,

@@ -49,9 +49,9 @@ template <class Config>
 __device__ __forceinline__ attention::GridPlace query_tile_place(const AttentionParams& params) {
   const int query_tiles = (params.seqlen_q + Config::kTileQ - 1) / Config::kTileQ;
   attention::GridPlace place(query_tiles, params.heads);
-  // With a right limit the last queries see the most keys: the longest tiles start first, and the
+  // Under a causal mask the last queries see the most keys: the longest tiles start first, and the
   // short ones fill the gaps at the end.
-  if constexpr (Config::kWindowRight) place.tile = query_tiles - 1 - place.tile;
+  if constexpr (Config::kWindowed) place.tile = query_tiles - 1 - place.tile;
   return place;
 }
 
@@ -90,13 +90,13 @@ __device__ __forceinline__ void write_rows(const ForwardParams& params, unsigned
         for (int c = 0; c < 2; ++c) out.values[m][n][2 * half + c] *= inverse;
       const int query = first_query + warp_row + m * 16 + lane / 4 + 8 * half;
       if (lane % 4 == 0 && query < params.attention.seqlen_q) {
-        const long long row = static_cast<long long>(place.batch) * params.attention.heads +
-                              place.head;
+        const long long row =
+            static_cast<long long>(place.batch) * params.attention.heads + place.head;
         params.lse[row * params.attention.seqlen_q + query] = lse[m][half];
       }
     }
   tile::store_accumulator<typename Config::Element, typename Shapes::QueryTile, 16, 1>(
-      staging, out, warp_row, 0);
+      tile::shared_address(staging), 0, out, warp_row, 0);
   __syncthreads();  // store_rows reads rows that other warps staged
   unsigned short* rows = attention::head_address(params.out, place.batch, place.head) +
                          first_query * params.out.row_stride;
@@ -122,14 +122,12 @@ __device__ __forceinline__ void forward(const ForwardParams& params, unsigned ch
   const attention::ScoreTransform<Config> transform(attention, place.batch, place.head);
 
   const unsigned q_shared = tile::shared_address(shared);
-  const unsigned k_shared = q_shared + Shapes::kKeyOffset;
-  const unsigned v_shared = q_shared + Shapes::kValueOffset;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * Shapes::kWarpRows;
 
-  const auto load_keys = [&](const TensorView& view, unsigned target, int key_tile) {
+  const auto load_keys = [&](const TensorView& view, int tile_offset, int key_tile) {
     const int first_key = key_tile * Config::kTileK;
     tile::load_rows_async<KeyTile, Config::kHeadDim, Shapes::kThreads>(
-        target,
+        q_shared, tile_offset,
         attention::head_address(view, place.batch, head_k) + first_key * view.row_stride,
         view.row_stride, attention.seqlen_k - first_key);
     ptx::cp_async_commit();
@@ -141,35 +139,38 @@ __device__ __forceinline__ void forward(const ForwardParams& params, unsigned ch
 
   if (!key_tiles.empty()) {
     tile::load_rows_async<QueryTile, Config::kHeadDim, Shapes::kThreads>(
-        q_shared,
+        q_shared, 0,
         attention::head_address(attention.q, place.batch, place.head) +
             first_query * attention.q.row_stride,
         attention.q.row_stride, attention.seqlen_q - first_query);
-    load_keys(attention.k, k_shared, key_tiles.end - 1);
+    load_keys(attention.k, Shapes::kKeyOffset, key_tiles.end - 1);
   }
 
-  const tile::RowOperand<QueryTile, 16> q_operand{{q_shared, warp_row}};
-  const tile::TransposedOperand<KeyTile, 16> k_operand{{k_shared, 0}};
-  const tile::StraightOperand<KeyTile, 1> v_operand{{v_shared, 0}};
+  const tile::RowOperand<QueryTile, 16> q_operand{{q_shared, 0, warp_row}};
+  const tile::TransposedOperand<KeyTile, 16> k_operand{{q_shared, Shapes::kKeyOffset, 0}};
+  const tile::StraightOperand<KeyTile, 1> v_operand{{q_shared, Shapes::kValueOffset, 0}};
 
 #pragma unroll 1
   for (int key_tile = key_tiles.end - 1; key_tile >= key_tiles.begin; --key_tile) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // k landed
-    load_keys(attention.v, v_shared, key_tile);
+    load_keys(attention.v, Shapes::kValueOffset, key_tile);
 
     typename Shapes::Scores scores;
     scores.clear();
-    tile::multiply_accumulate<Element, Shapes::kHeadDimSteps>(scores, q_operand, k_operand);
+    tile::multiply_accumulate<Element, Shapes::kHeadDimSteps, Config::kScoreUnroll>(
+        scores, q_operand, k_operand);
 
     ptx::cp_async_wait<0>();
     __syncthreads();  // v landed
-    if (key_tile > key_tiles.begin) load_keys(attention.k, k_shared, key_tile - 1);
+    if (key_tile > key_tiles.begin) load_keys(attention.k, Shapes::kKeyOffset, key_tile - 1);
 
     const int first_key = key_tile * Config::kTileK;
     const typename Shapes::Layout layout(first_query + warp_row, first_key);
     transform.apply(scores, layout);
-    if (range.cuts(first_query, first_key)) attention::mask_scores(scores, layout, range);
+    if (range.cuts(first_query, first_key)) {
+      attention::mask_scores(scores, layout, attention::VisibleRange<Config>(attention));
+    }
     softmax.update(scores, out, transform.exponent_scale);
     if constexpr (Config::kDropout) {
       const attention::Dropout dropout(attention, place.batch, place.head);

@@ -6,44 +6,47 @@
 
 namespace jfa::tile {
 
-// How kThreads threads cover the 16-byte chunks of a tile: neighbouring threads take neighbouring
-// chunks of a row, so that a warp's accesses are contiguous in global memory.
+// How kThreads threads cover the 16-byte chunks of a tile: eight neighbouring threads take a row of
+// a panel, 128 contiguous bytes of global memory. A pass covers whole swizzle atoms, so a thread's
+// place in the swizzle is the same in every pass.
 template <class Tile, int kHeadDim, int kThreads>
 struct ChunkWalk {
-  static constexpr int kChunksPerRow = Tile::kColumns / kChunkColumns;
-  static constexpr int kRowsPerPass = kThreads / kChunksPerRow;
+  static constexpr int kRowsPerPass = kThreads / 8;
   static constexpr int kPasses = Tile::kRows / kRowsPerPass;
-  static_assert(kThreads % kChunksPerRow == 0, "a pass covers whole rows");
-  static_assert(Tile::kRows % kRowsPerPass == 0, "whole passes cover the tile");
+  static_assert(kRowsPerPass % 8 == 0 && Tile::kRows % kRowsPerPass == 0,
+                "whole passes cover the tile");
 
-  int row = threadIdx.x / kChunksPerRow;
-  int chunk = threadIdx.x % kChunksPerRow;
+  int row = threadIdx.x / 8;
+  int chunk = threadIdx.x % 8;
 
-  __device__ __forceinline__ bool in_head_dim() const {
-    return kHeadDim == Tile::kColumns || chunk * kChunkColumns < kHeadDim;
+  __device__ __forceinline__ bool in_head_dim(int panel) const {
+    return (panel + 1) * kPanelColumns <= kHeadDim ||
+           panel * kPanelColumns + chunk * kChunkColumns < kHeadDim;
   }
 };
 
-// Starts the copy of rows [0, rows_valid) of a row-major matrix into a tile; the rest of the tile
-// is filled with zeros and nothing behind the matrix is read.
-// Threads: all of the CTA. Effect: leaves cp.async operations to be committed by the caller.
+// Starts the copy of rows [0, rows_valid) of a row-major matrix into the tile that starts
+// tile_offset bytes behind origin; the rest of the tile is filled with zeros and nothing behind the
+// matrix is read. Tiles of one origin share the register of a thread's place. Threads: all of the
+// CTA. Effect: leaves cp.async operations to be committed by the caller.
 template <class Tile, int kHeadDim, int kThreads>
-__device__ __forceinline__ void load_rows_async(unsigned tile, const unsigned short* matrix,
-                                                long long row_stride, int rows_valid) {
-  const ChunkWalk<Tile, kHeadDim, kThreads> walk;
+__device__ __forceinline__ void load_rows_async(unsigned origin, unsigned tile_offset,
+                                                const unsigned short* matrix, long long row_stride,
+                                                int rows_valid) {
   using Walk = ChunkWalk<Tile, kHeadDim, kThreads>;
+  const Walk walk;
   const unsigned short* source = matrix + walk.row * row_stride + walk.chunk * kChunkColumns;
-  const unsigned destination = tile + Tile::offset(walk.row, walk.chunk);
-  // The swizzle repeats every eight rows, so a pass of whole atoms keeps the lane's offset.
-  constexpr bool kKeepsSwizzle = Walk::kRowsPerPass % 8 == 0;
+  // A thread's first chunk lies in the first panel.
+  const unsigned target = origin + walk.row * kPanelRowBytes + ((walk.chunk ^ (walk.row % 8)) * 16);
 #pragma unroll
   for (int pass = 0; pass < Walk::kPasses; ++pass) {
-    const int row = walk.row + pass * Walk::kRowsPerPass;
-    const bool valid = row < rows_valid && walk.in_head_dim();
-    const unsigned target = kKeepsSwizzle
-                                ? destination + pass * Walk::kRowsPerPass * kPanelRowBytes
-                                : tile + Tile::offset(row, walk.chunk);
-    ptx::cp_async_16(target, source, valid);
+    const bool valid = walk.row + pass * Walk::kRowsPerPass < rows_valid;
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      ptx::cp_async_16(target + (tile_offset + pass * Walk::kRowsPerPass * kPanelRowBytes +
+                                 panel * Tile::kPanelBytes),
+                       source + panel * kPanelColumns, valid && walk.in_head_dim(panel));
+    }
     source += Walk::kRowsPerPass * row_stride;
   }
 }
@@ -55,13 +58,18 @@ __device__ __forceinline__ void store_rows(const unsigned char* tile, unsigned s
                                            long long row_stride, int rows_valid) {
   using Walk = ChunkWalk<Tile, kHeadDim, kThreads>;
   const Walk walk;
+  unsigned short* target = matrix + walk.row * row_stride + walk.chunk * kChunkColumns;
+  const unsigned char* source = tile + Tile::offset(walk.row, walk.chunk);
 #pragma unroll
   for (int pass = 0; pass < Walk::kPasses; ++pass) {
-    const int row = walk.row + pass * Walk::kRowsPerPass;
-    if (row < rows_valid && walk.in_head_dim()) {
-      *reinterpret_cast<uint4*>(matrix + row * row_stride + walk.chunk * kChunkColumns) =
-          *reinterpret_cast<const uint4*>(tile + Tile::offset(row, walk.chunk));
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      if (walk.row + pass * Walk::kRowsPerPass < rows_valid && walk.in_head_dim(panel)) {
+        *reinterpret_cast<uint4*>(target + panel * kPanelColumns) = *reinterpret_cast<const uint4*>(
+            source + pass * Walk::kRowsPerPass * kPanelRowBytes + panel * Tile::kPanelBytes);
+      }
     }
+    target += Walk::kRowsPerPass * row_stride;
   }
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <ptx/ldmatrix.cuh>
+#include <ptx/stmatrix.cuh>
 #include <tile/shared_tile.cuh>
 
 namespace jfa::tile {
@@ -104,12 +105,14 @@ struct StraightOperand {
   }
 };
 
-// acc += A * B over kSteps steps of 16.
+// acc += A * B over kSteps steps of 16. Unrolling fewer steps at a time keeps ptxas from loading
+// operands so early that it spills.
 // Threads: a whole warp.
-template <class Element, int kSteps, class Acc, class OperandA, class OperandB>
+template <class Element, int kSteps, int kUnroll = kSteps, class Acc, class OperandA,
+          class OperandB>
 __device__ __forceinline__ void multiply_accumulate(Acc& acc, const OperandA& a_operand,
                                                     const OperandB& b_operand) {
-#pragma unroll
+#pragma unroll(kUnroll)
   for (int k = 0; k < kSteps; ++k) {
     unsigned a[Acc::kRowTiles][4];
 #pragma unroll
@@ -131,20 +134,22 @@ __device__ __forceinline__ void multiply_accumulate(Acc& acc, const OperandA& a_
 // first_row + m * kRowStride, column pair n at 16-block first_column16 + n * kColumn16Stride.
 // Threads: a whole warp.
 template <class Element, class Tile, int kRowStride, int kColumn16Stride, class Acc>
-__device__ __forceinline__ void store_accumulator(unsigned char* tile, const Acc& acc,
-                                                  int first_row, int first_column16) {
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void store_accumulator(unsigned origin, unsigned tile_offset,
+                                                  const Acc& acc, int first_row,
+                                                  int first_column16) {
+  const LaneView<Tile, SubTileOrder::kRowsFirst> view(origin, tile_offset, first_row,
+                                                      first_column16);
 #pragma unroll
   for (int m = 0; m < Acc::kRowTiles; ++m)
 #pragma unroll
-    for (int n = 0; n < Acc::kColumnTiles; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first_row + m * kRowStride + lane / 4 + 8 * half;
-        const int chunk = 2 * (first_column16 + n / 2 * kColumn16Stride) + n % 2;
-        *reinterpret_cast<unsigned*>(tile + Tile::offset(row, chunk) + lane % 4 * 4) =
-            Element::pack(acc.values[m][n][2 * half], acc.values[m][n][2 * half + 1]);
-      }
+    for (int n = 0; n < Acc::kColumnPairs; ++n) {
+      const auto& left = acc.values[m][2 * n];
+      const auto& right = acc.values[m][2 * n + 1];
+      const unsigned words[4] = {Element::pack(left[0], left[1]), Element::pack(left[2], left[3]),
+                                 Element::pack(right[0], right[1]),
+                                 Element::pack(right[2], right[3])};
+      ptx::store_matrices(view.at(m * kRowStride, n * kColumn16Stride), words);
+    }
 }
 
 }  // namespace jfa::tile

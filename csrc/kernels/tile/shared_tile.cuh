@@ -31,25 +31,33 @@ enum class SubTileOrder {
   kColumnsFirst,  // (rows 0-7, columns 0-7), (rows 0-7, columns 8-15), then rows 8-15
 };
 
-// A lane's view of a SharedTile for ldmatrix: everything that depends on the lane is in `base`,
-// so that the address of a sub-tile costs at most one XOR with a constant and an immediate offset.
-// The first column's 16-block must be smaller than the stride with which the caller walks columns
-// (see at()), a power of two up to 4, for XOR to act as addition.
+// A lane's view of a SharedTile for ldmatrix. What depends on the lane is kept apart from the
+// tile's offset, which is a constant, so that views of several tiles with the same origin, first
+// row and first column share registers: the address of a sub-tile costs at most one XOR and one
+// addition, both shared, and an immediate. The first column's 16-block must be smaller than the
+// stride with which the caller walks columns (see at()), a power of two up to 4, for XOR to act as
+// addition.
 template <class Tile, SubTileOrder kOrder>
 struct LaneView {
-  unsigned base;
+  unsigned origin;  // the tile starts tile_offset bytes behind it
+  unsigned tile_offset;
+  unsigned lane_offset;
 
-  __device__ __forceinline__ LaneView(unsigned tile, int first_row, int first_column16 = 0) {
+  __device__ __forceinline__ LaneView(unsigned origin_address, unsigned offset, int first_row,
+                                      int first_column16 = 0)
+      : origin(origin_address), tile_offset(offset) {
     const int lane = threadIdx.x % 32;
     const int row = kOrder == SubTileOrder::kRowsFirst ? lane % 16 : lane % 8 + lane / 16 * 8;
     const int chunk = kOrder == SubTileOrder::kRowsFirst ? lane / 16 : lane / 8 % 2;
-    base = tile + Tile::offset(first_row + row, chunk + 2 * first_column16);
+    // First rows are multiples of 8 and first columns lie in the first panel.
+    lane_offset =
+        (first_row + row) * kPanelRowBytes + (((chunk + 2 * first_column16) ^ (row % 8)) * 16);
   }
 
   // Address for the sub-tile `row` rows (a multiple of 8) and `column16` 16-column blocks away.
   __device__ __forceinline__ unsigned at(int row, int column16) const {
-    return (base ^ ((column16 % 4) * 32)) + (column16 / 4) * Tile::kPanelBytes +
-           row * kPanelRowBytes;
+    return (origin + (lane_offset ^ ((column16 % 4) * 32))) +
+           (tile_offset + (column16 / 4) * Tile::kPanelBytes + row * kPanelRowBytes);
   }
 };
 

@@ -1,0 +1,149 @@
+"""Every kernel compiles for every architecture, with no spill, stack or warning."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from jax_flash_attn import _ffi, _spec
+from tests.support import ahead, tile_table
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+EVERYTHING = {
+    "window_left": 100,
+    "window_right": 0,
+    "softcap": 20.0,
+    "alibi": True,
+    "dropout_p": 0.1,
+    "deterministic": True,
+}
+
+FEATURES = {
+    "plain": {},
+    "causal": {"window_right": 0},
+    "everything": EVERYTHING,
+    "window": {"window_left": 100, "window_right": 50},
+    "softcap": {"softcap": 20.0},
+    "alibi": {"alibi": True},
+    "dropout": {"dropout_p": 0.1},
+    "deterministic": {"deterministic": True},
+    "causal_dropout": {"window_right": 0, "dropout_p": 0.1},
+    "causal_alibi": {"window_right": 0, "alibi": True},
+    "causal_deterministic": {"window_right": 0, "deterministic": True},
+    "negative_scale": {"softmax_scale": -0.1},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One compilation: an operation for one architecture, head dim and feature set."""
+
+    operation: str
+    architecture: str
+    head_dim: int
+    features: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return "-".join(map(str, dataclasses.astuple(self)))
+
+    @property
+    def spec(self) -> dict:
+        options = {"softmax_scale": self.head_dim**-0.5, **FEATURES[self.features]}
+        return _ffi.attributes(_spec.AttentionSpec(**options))
+
+
+OPERATIONS = ("forward", "backward")
+
+ROWS = tile_table.rows()
+
+# The last head dim that a row serves is the one that needs the most registers.
+EDGES = tuple(sorted({row.max_head_dim for row in ROWS}))
+
+
+def cells(architectures, head_dims, features, dtypes=("bfloat16",)):
+    product = itertools.product(OPERATIONS, architectures, head_dims, features, dtypes)
+    return [Cell(*values) for values in product]
+
+
+# Shared memory decides between rows; sm_90, sm_80 and sm_86 have each of its sizes.
+COVERING = list(
+    dict.fromkeys(
+        [
+            *cells(["sm_90"], EDGES, ["plain", "causal", "everything"]),
+            *cells(["sm_80", "sm_86"], EDGES, ["plain", "everything"], ["float16"]),
+            *cells(["sm_90"], [8, 40, 96, 160, 224], ["everything"], ["float16"]),
+            *cells(["sm_89", "sm_100", "sm_120"], [64, 256], ["everything"]),
+            *cells(["sm_89", "sm_100", "sm_120"], [128], ["plain"], ["float16"]),
+        ]
+    )
+)
+
+ALL = [
+    *cells(ARCHITECTURES, range(8, 257, 8), FEATURES),
+    *cells(ARCHITECTURES, range(8, 257, 8), ["everything"], ["float16"]),
+]
+
+PARAMETERS = [
+    *(pytest.param(cell, id=str(cell)) for cell in COVERING),
+    *(
+        pytest.param(cell, id=str(cell), marks=pytest.mark.long)
+        for cell in ALL
+        if cell not in set(COVERING)
+    ),
+]
+
+
+def compile_cell(cell):
+    try:
+        return _ffi.native.compile(
+            cell.operation,
+            cell.spec,
+            cell.dtype,
+            cell.head_dim,
+            cell.architecture,
+            fresh=True,
+        )
+    except RuntimeError as error:
+        return error
+
+
+@pytest.fixture(scope="session")
+def compiled(request):
+    """The compiler's report of each cell, made on every core."""
+    reports = ahead.Ahead(compile_cell, ahead.parameters(request.session, "cell"))
+    yield reports
+    reports.close()
+
+
+@pytest.mark.parametrize("cell", PARAMETERS)
+def test_no_spill_stack_or_warning(cell, compiled):
+    report = compiled[cell]
+    if isinstance(report, Exception):
+        raise report
+    names = [kernel["entry"] for kernel in report]
+    assert len(names) == {"forward": 1, "backward": 3}[cell.operation]
+    for kernel in report:
+        assert kernel["cubin"].startswith(b"\x7fELF")
+        found = {name: kernel[name] for name in ("spill_bytes", "stack_bytes")}
+        where = f"{kernel['entry']}, {kernel['tiles']}, {kernel['registers']} registers"
+        assert found == {"spill_bytes": 0, "stack_bytes": 0}, where
+        assert kernel["warnings"] == [], where
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_every_row_of_the_table_is_compiled(row):
+    tile_q, tile_k, warps = row.numbers[:3]
+    tiles = f"sm80 {tile_q}x{tile_k}, {warps} warps"
+    chosen = [
+        cell
+        for cell in COVERING
+        if cell.operation == row.operation and cell.head_dim <= row.max_head_dim
+    ]
+    assert any(
+        _ffi.native.tiles(
+            cell.operation, cell.spec, cell.dtype, cell.head_dim, cell.architecture
+        ).startswith(tiles)
+        for cell in chosen
+    )

@@ -1,0 +1,85 @@
+"""The backward kernels against the oracle."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_flash_attn
+from tests.support import calls, cases, inputs, kernel_cases, oracle
+
+pytestmark = pytest.mark.gpu
+
+GRADIENTS = ("dq", "dk", "dv")
+
+DETERMINISTIC = (
+    "plain",
+    "ragged_tail",
+    "long_query",
+    "gqa_odd_group",
+    "fully_masked_rows",
+    "window_two_sided",
+    "float16_everything",
+    "head_dim_256",
+)
+
+
+@pytest.mark.parametrize("case", kernel_cases.PARAMS)
+def test_gradients(case, kernel_results, expected):
+    oracle.check(kernel_results(case), expected[case], GRADIENTS)
+
+
+@pytest.mark.parametrize(
+    "case", [cases.BY_NAME[name] for name in DETERMINISTIC], ids=str
+)
+def test_deterministic_gradients(case, expected):
+    results = calls.run(case, implementation="cuda", deterministic=True)
+    oracle.check(results, expected[case], GRADIENTS)
+
+
+def test_gradients_without_a_cotangent_of_lse():
+    case = cases.BY_NAME["causal_gqa"]
+    arrays = inputs.make(case)
+    arrays["dlse"] = jnp.zeros_like(arrays["dlse"])
+
+    def call(q, k, v):
+        return jax_flash_attn.flash_attn_func(
+            q, k, v, causal=True, implementation="cuda"
+        )
+
+    _, pullback = jax.vjp(call, *(arrays[name] for name in "qkv"))
+    gradients = jax.jit(pullback)(arrays["dout"])
+    results = dict(zip(GRADIENTS, gradients, strict=True))
+    oracle.check(results, oracle.of(case, arrays), GRADIENTS)
+
+
+@pytest.mark.parametrize("packing", ["kv", "qkv"])
+@pytest.mark.parametrize("name", ["everything", "ragged_tail", "head_dim_40"])
+def test_packed(name, packing):
+    """One buffer in, one gradient buffer out, read and written by strides."""
+    case = cases.BY_NAME[name]
+    if packing == "qkv":
+        case = dataclasses.replace(case, seqlen_q=case.seqlen_k, heads_k=case.heads)
+    results = calls.run(case, packing=packing, implementation="cuda")
+    oracle.check(results, oracle.expected(case))
+
+
+def test_masked_rows_get_and_give_nothing():
+    """However large the cotangents of rows that see no key are."""
+    case = cases.BY_NAME["fully_masked_rows"]
+    masked = case.seqlen_q - case.seqlen_k
+    arrays = inputs.make(case)
+    run = jax.jit(
+        calls.with_gradients(
+            calls.attention(case, implementation="cuda", deterministic=True)
+        )
+    )
+    clean = run(arrays)
+    arrays["dout"] = arrays["dout"].at[:, :masked].set(1e30)
+    arrays["dlse"] = arrays["dlse"].at[..., :masked].set(1e30)
+    loud = run(arrays)
+    for name in GRADIENTS:
+        np.testing.assert_array_equal(loud[name], clean[name], err_msg=name)
+    assert not np.asarray(loud["dq"])[:, :masked].any()

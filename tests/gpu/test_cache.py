@@ -1,0 +1,84 @@
+"""The kernel cache under a running program: the right answer whatever is on disk."""
+
+import pytest
+
+from tests.support import ahead, jax_child
+
+pytestmark = pytest.mark.gpu
+
+PROGRAM = """
+from tests.support import calls, cases, oracle
+from jax_flash_attn import _ffi
+
+case = cases.BY_NAME["causal_gqa"]
+oracle.check(calls.run(case, implementation="cuda"), oracle.expected(case))
+answer["cache"] = _ffi.native.cache()
+"""
+
+
+def run(directory):
+    return jax_child.run(PROGRAM, JAX_FLASH_ATTN_CACHE_DIR=directory)["cache"]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A cache directory that one process has filled."""
+    folder = tmp_path_factory.mktemp("filled") / "cache"
+    assert run(folder)["entries"] > 0
+    return folder
+
+
+def entries(folder):
+    return sorted(folder.rglob("*.cubin"))
+
+
+def test_filled_once(filled):
+    before = [(path, path.stat().st_mtime_ns) for path in entries(filled)]
+    assert len(before) == 4  # forward, and the backward's three
+    assert run(filled)["entries"] == 4
+    assert before == [(path, path.stat().st_mtime_ns) for path in entries(filled)]
+
+
+def test_damaged_entries_are_replaced(filled):
+    contents = [path.read_bytes() for path in entries(filled)]
+    for n, path in enumerate(entries(filled)):
+        damaged = bytearray(contents[n])
+        damaged[-100] ^= 255
+        path.write_bytes(damaged[: len(damaged) - n])
+    run(filled)
+    assert [path.read_bytes() for path in entries(filled)] == contents
+
+
+def off(_):
+    return "0"
+
+
+def below_a_file(folder):
+    file = folder / "file"
+    file.write_text("")
+    return file / "cache"
+
+
+def writable_by_others(folder):
+    folder.chmod(0o777)
+    return folder
+
+
+PLACES = {place.__name__: place for place in (off, below_a_file, writable_by_others)}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    folders = {name: PLACES[name](tmp_path_factory.mktemp(name)) for name in PLACES}
+    results = ahead.Ahead(lambda name: (folders[name], run(folders[name])), PLACES)
+    yield results
+    results.close()
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_no_cache_to_use(name, answers):
+    folder, cache = answers[name]
+    assert cache["entries"] == 0
+    if name == "writable_by_others":
+        assert "chmod go-w" in cache["reason_disabled"]
+        assert list(folder.iterdir()) == []

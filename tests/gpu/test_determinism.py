@@ -1,0 +1,65 @@
+"""Bitwise equal from run to run: the forward always, gradients when asked for."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tests.support import calls, cases, inputs
+
+pytestmark = pytest.mark.gpu
+
+NUM_RUNS = 20
+
+
+def large(name, **changes):
+    """A case with enough tiles for their order to vary."""
+    sizes = {"seqlen_q": 1000, "seqlen_k": 1100, **changes}
+    return dataclasses.replace(cases.BY_NAME[name], **sizes)
+
+
+CASES = (
+    large("plain", heads=8, heads_k=8),
+    large("causal_gqa", heads=8, heads_k=2, head_dim=128),
+    large("window_two_sided", head_dim=96),
+    large("everything", dtype="float16"),
+    large("head_dim_256", seqlen_q=1100, seqlen_k=500),
+)
+
+
+def distinct(runs):
+    return len({np.asarray(x).tobytes() for x in runs})
+
+
+@pytest.mark.parametrize("deterministic_case", CASES, ids=str)
+def test_every_result_when_asked_for(deterministic_case):
+    attend = calls.attention(
+        deterministic_case, implementation="cuda", deterministic=True
+    )
+    run = jax.jit(calls.with_gradients(attend))
+    arrays = inputs.make(deterministic_case)
+    runs = [run(arrays) for _ in range(NUM_RUNS)]
+    for name in runs[0]:
+        assert distinct(results[name] for results in runs) == 1, name
+
+
+@pytest.mark.parametrize("large_case", CASES[:2], ids=str)
+def test_forward_dk_and_dv_always(large_case):
+    attend = calls.attention(large_case, implementation="cuda")
+    run = jax.jit(calls.with_gradients(attend))
+    arrays = inputs.make(large_case)
+    runs = [run(arrays) for _ in range(NUM_RUNS)]
+    for name in ("out", "lse", "dk", "dv"):
+        assert distinct(results[name] for results in runs) == 1, name
+
+
+def test_a_row_does_not_depend_on_the_batch_around_it():
+    case = cases.BY_NAME["causal_gqa"]
+    attend = calls.attention(case, implementation="cuda", deterministic=True)
+    run = jax.jit(calls.with_gradients(attend))
+    arrays = inputs.make(case)
+    whole = run(arrays)
+    first = run({name: x if x is None else x[:1] for name, x in arrays.items()})
+    for name, result in first.items():
+        np.testing.assert_array_equal(result, whole[name][:1], err_msg=name)

@@ -1,0 +1,56 @@
+"""Every row of the tile table, those for less shared memory included."""
+
+import dataclasses
+import functools
+
+import jax
+import pytest
+
+from jax_flash_attn import testing
+from tests.support import calls, cases, inputs, oracle, tile_table
+
+pytestmark = pytest.mark.gpu
+
+PLAIN = ("causal_gqa", "ragged_tail")
+FEATURES = ("everything_masked_rows", "float16_everything")
+
+CELLS = [
+    pytest.param(
+        row,
+        dataclasses.replace(cases.BY_NAME[name], head_dim=head_dim),
+        id=f"{row}-{name}-{head_dim}",
+    )
+    for row in tile_table.rows()
+    for name, head_dim in (
+        (PLAIN[0], row.max_head_dim),
+        (PLAIN[1], row.max_head_dim - 24),
+        *(((FEATURES[0], row.max_head_dim),) if row.serves_features else ()),
+        *(((FEATURES[1], row.max_head_dim - 24),) if row.serves_features else ()),
+    )
+]
+
+
+@functools.cache
+def program(case):
+    """A program that is compiled once and run with the tiles of many rows."""
+    attend = calls.attention(case, implementation="cuda", deterministic=True)
+    return jax.jit(calls.with_gradients(attend))
+
+
+@pytest.mark.parametrize(("row", "case"), CELLS)
+def test_row(row, case, expected):
+    with testing.override_tiles(row.operation, row.text):
+        results = jax.block_until_ready(program(case)(inputs.make(case)))
+    oracle.check(results, expected[case])
+
+
+def test_tiles_that_do_not_fit_are_an_error_with_the_reason():
+    case = dataclasses.replace(cases.BY_NAME["plain"], head_dim=256)
+    largest = next(row for row in tile_table.rows() if row.operation == "forward")
+    numbers = (512, 512, *largest.numbers[2:])
+    with (
+        testing.override_tiles("forward", ",".join(map(str, numbers))),
+        pytest.raises(jax.errors.JaxRuntimeError, match="shared memory"),
+    ):
+        jax.block_until_ready(program(case)(inputs.make(case)))
+    jax.block_until_ready(program(case)(inputs.make(case)))

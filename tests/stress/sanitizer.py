@@ -1,0 +1,90 @@
+"""A small run of every kernel and feature, to be watched by compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python3 tests/stress/sanitizer.py
+    compute-sanitizer --tool racecheck python3 tests/stress/sanitizer.py
+
+Prints one line for each call, whose results are checked too; exits with 1 if any is
+wrong. The oracle runs on the CPU, so that the sanitizer sees little but our kernels.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from jax_flash_attn import testing
+from tests.support import calls, oracle, tile_table
+from tests.support.cases import Case
+
+PLAIN = Case("plain", "", batch=1, seqlen_q=150, seqlen_k=170, heads=2, heads_k=2)
+
+EVERYTHING = {
+    "heads": 4,
+    "causal": True,
+    "window_size": (90, -1),
+    "softcap": 10.0,
+    "alibi": "bh",
+    "dropout_p": 0.2,
+}
+
+CASES = (
+    *(
+        dataclasses.replace(PLAIN, name=f"plain_{head_dim}", head_dim=head_dim)
+        for head_dim in (40, 64, 128, 256)
+    ),
+    *(
+        dataclasses.replace(
+            PLAIN, name=f"everything_{head_dim}", head_dim=head_dim, **EVERYTHING
+        )
+        for head_dim in (40, 64, 128, 256)
+    ),
+    dataclasses.replace(PLAIN, name="float16", dtype="float16", causal=True),
+    dataclasses.replace(PLAIN, name="causal", causal=True),
+    dataclasses.replace(PLAIN, name="window", window_size=(40, 20)),
+    dataclasses.replace(PLAIN, name="softcap", softcap=10.0),
+    dataclasses.replace(PLAIN, name="alibi", alibi="h"),
+    dataclasses.replace(PLAIN, name="dropout", dropout_p=0.2),
+    dataclasses.replace(PLAIN, name="gqa", heads=6),
+    dataclasses.replace(PLAIN, name="mqa", heads=4, heads_k=1),
+    dataclasses.replace(PLAIN, name="masked_rows", seqlen_k=60, causal=True),
+    dataclasses.replace(PLAIN, name="one_query", seqlen_q=1),
+    dataclasses.replace(PLAIN, name="one_key", seqlen_k=1),
+)
+
+
+def check(name: str, case: Case, **options) -> bool:
+    """Runs one call forward and backward and prints whether it is right."""
+    start = time.monotonic()
+    try:
+        results = calls.run(case, implementation="cuda", **options)
+        oracle.check(results, oracle.expected(case))
+    except AssertionError as error:
+        print(f"{name:<40} WRONG: {error}", flush=True)
+        return False
+    print(f"{name:<40} ok in {time.monotonic() - start:.1f} s", flush=True)
+    return True
+
+
+def main() -> int:
+    """Returns the exit status."""
+    right = [check(case.name, case) for case in CASES]
+    for case in CASES[:8]:
+        right.append(check(f"{case.name}_deterministic", case, deterministic=True))
+    square = {"seqlen_q": 170, "heads_k": 4, **EVERYTHING}
+    packed = dataclasses.replace(PLAIN, name="packed", head_dim=40, **square)
+    for packing in ("kv", "qkv"):
+        right.append(check(f"{packing}_packed", packed, packing=packing))
+    for row in tile_table.rows():
+        case = dataclasses.replace(PLAIN, name=str(row), head_dim=row.max_head_dim)
+        with testing.override_tiles(row.operation, row.text):
+            right.append(check(case.name, case))
+    print(f"{sum(right)} of {len(right)} calls are right")
+    return 0 if all(right) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

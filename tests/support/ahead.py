@@ -1,0 +1,37 @@
+"""Slow results that many tests need, computed on the machine's other cores."""
+
+import concurrent.futures
+import os
+
+
+class Ahead:
+    """`function(argument)` for each argument, started at once, awaited when asked for.
+
+    The function must release the interpreter lock for most of its time, as compilers
+    and child processes do.
+    """
+
+    def __init__(self, function, arguments):
+        self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        self._results = {
+            argument: self._pool.submit(function, argument)
+            for argument in dict.fromkeys(arguments)
+        }
+
+    def __getitem__(self, argument):
+        return self._results[argument].result()
+
+    def wait(self, argument):
+        """Waits until the function has returned, if it was started for the argument."""
+        if argument in self._results:
+            self._results[argument].result()
+
+    def close(self):
+        """Gives up what nobody has waited for."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def parameters(session, name):
+    """Returns the values of a parameter over the tests that the session will run."""
+    specs = [getattr(item, "callspec", None) for item in session.items]
+    return [spec.params[name] for spec in specs if spec and name in spec.params]

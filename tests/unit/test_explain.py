@@ -1,0 +1,121 @@
+"""What `explain` says of a call, from shapes alone."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_flash_attn import Explanation, _spec, explain
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+def structs(head_dim=64, dtype=jnp.bfloat16, heads_k=2):
+    q = jax.ShapeDtypeStruct((2, 100, 4, head_dim), dtype)
+    k = jax.ShapeDtypeStruct((2, 120, heads_k, head_dim), dtype)
+    return q, k, k
+
+
+@pytest.fixture
+def cpu_only(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tiles_of_a_named_architecture(architecture):
+    found = explain(*structs(), architecture=architecture, causal=True)
+    assert isinstance(found, Explanation)
+    assert found.implementation == "cuda"
+    assert found.reason == ""
+    assert found.architecture == architecture
+    assert found.padded_head_dim == 64
+    assert found.spec == _spec.AttentionSpec(64**-0.5, window_right=0)
+    assert found.forward.startswith("sm80 ")
+    assert found.backward.startswith("sm80 ")
+    text = str(found)
+    assert architecture in text
+    assert found.forward in text
+    assert found.backward in text
+
+
+def test_takes_every_argument_of_a_call():
+    found = explain(
+        *structs(),
+        architecture="sm_90",
+        dropout_p=0.1,
+        softmax_scale=0.5,
+        window_size=(10, 20),
+        softcap=3.0,
+        alibi_slopes=jnp.ones(4),
+        deterministic=True,
+        dropout_rng=jax.random.key(0),
+        return_lse=True,
+        implementation="cuda",
+    )
+    assert found.spec == _spec.AttentionSpec(
+        softmax_scale=0.5,
+        window_left=10,
+        window_right=20,
+        softcap=3.0,
+        alibi=True,
+        dropout_p=0.1,
+        deterministic=True,
+    )
+
+
+def test_takes_arrays():
+    arrays = [jnp.zeros(x.shape, x.dtype) for x in structs()]
+    found = explain(*arrays, architecture="sm_90")
+    assert found == explain(*structs(), architecture="sm_90")
+
+
+def test_limits_that_hide_nothing_are_dropped():
+    found = explain(*structs(), architecture="sm_90", window_size=(119, 99))
+    assert found.spec == _spec.AttentionSpec(64**-0.5)
+
+
+def test_padding_is_named():
+    found = explain(*structs(head_dim=20), architecture="sm_90")
+    assert found.implementation == "cuda"
+    assert found.padded_head_dim == 24
+    assert "head_dim 20 is padded to 24" in found.reason
+    assert found.reason in str(found)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "arguments", "reason"),
+    [
+        (structs(dtype=jnp.float32), {}, "float32"),
+        (structs(head_dim=257), {}, "257"),
+        (structs(), {"implementation": "jax"}, 'implementation="jax"'),
+    ],
+    ids=["dtype", "head_dim", "asked_for"],
+)
+def test_reason_why_no_kernel_runs(arrays, arguments, reason):
+    found = explain(*arrays, architecture="sm_90", **arguments)
+    assert found.implementation == "jax"
+    assert reason in found.reason
+    assert (found.forward, found.backward) == ("", "")
+    assert str(found) == f"plain JAX: {found.reason}"
+
+
+@pytest.mark.usefixtures("cpu_only")
+def test_without_a_gpu_and_an_architecture():
+    found = explain(*structs())
+    assert found.implementation == "jax"
+    assert "'cpu'" in found.reason
+    assert found.architecture == ""
+
+
+def test_wrong_arguments_are_refused_as_by_the_call():
+    with pytest.raises(ValueError, match=r"^k must"):
+        explain(*structs(heads_k=3), architecture="sm_90")
+    with pytest.raises(TypeError, match=r"^causal must"):
+        explain(*structs(), architecture="sm_90", causal=1)
+    with pytest.raises(NotImplementedError, match="return_attn_probs"):
+        explain(*structs(), architecture="sm_90", return_attn_probs=True)
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "hopper", "", "90"])
+def test_wrong_architecture(architecture):
+    with pytest.raises(ValueError, match="architecture must be sm_80 or newer"):
+        explain(*structs(), architecture=architecture)

@@ -1,0 +1,211 @@
+"""JAX transforms of the plain JAX path; tests/gpu checks the kernels likewise."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import jax_flash_attn
+from tests.support import calls, closeness, inputs, oracle, transforms
+from tests.support.cases import Case
+
+CHECKS = transforms.Checks("auto", "float32")
+
+SUBSETS = [
+    pytest.param(
+        subset,
+        id="-".join(subset),
+        marks=() if subset in transforms.PAIRWISE_SUBSETS else pytest.mark.long,
+    )
+    for subset in transforms.SUBSETS
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_cpu():
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        CHECKS.jit,
+        CHECKS.eager,
+        CHECKS.value_and_grad,
+        CHECKS.grad_without_lse,
+        CHECKS.grad_of_lse_alone,
+        CHECKS.vmap_over_other_axes,
+        CHECKS.vmap_out_axes,
+        CHECKS.nested_vmap,
+        CHECKS.vmap_of_vjp,
+        CHECKS.vmapped_dropout_equals_loop,
+        CHECKS.scan,
+        CHECKS.second_derivatives_are_refused,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_transform(check):
+    check()
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_vmap_of_grad(subset):
+    CHECKS.vmap_of_grad(subset)
+
+
+@pytest.mark.parametrize(
+    "subset",
+    [
+        pytest.param(("q", "slopes"), id="q-slopes"),
+        pytest.param(("k", "v"), id="k-v"),
+        pytest.param(("dropout_rng",), id="dropout_rng"),
+        *(
+            pytest.param(s, id="-".join(s), marks=pytest.mark.long)
+            for s in transforms.SUBSETS
+        ),
+    ],
+)
+def test_grad_of_vmap(subset):
+    CHECKS.grad_of_vmap(subset)
+
+
+@pytest.mark.parametrize(
+    ("names", "num_forwards"),
+    [
+        ((), 2),
+        ((jax_flash_attn.OUT_NAME,), 2),
+        ((jax_flash_attn.OUT_NAME, jax_flash_attn.LSE_NAME), 1),
+    ],
+    ids=["nothing", "out", "out_and_lse"],
+)
+def test_checkpoint(names, num_forwards):
+    CHECKS.checkpoint(names, num_forwards)
+
+
+@pytest.mark.parametrize("packing", ["kv", "qkv"])
+def test_packed(packing):
+    CHECKS.packed(packing)
+
+
+@pytest.mark.parametrize("packing", ["kv", "qkv"])
+def test_vmap_of_packed(packing):
+    CHECKS.vmap_of_packed(packing)
+
+
+@pytest.mark.parametrize("packing", ["kv", "qkv"])
+def test_packed_calls_read_and_write_one_buffer(packing):
+    """No copy of the buffer, and its gradient comes whole out of the backward."""
+    case = CHECKS.case
+    lengths = (case.batch, case.seqlen_k)
+    shape = (*lengths, len(packing), case.heads, case.head_dim)
+    function = {
+        "kv": jax_flash_attn.flash_attn_kvpacked_func,
+        "qkv": jax_flash_attn.flash_attn_qkvpacked_func,
+    }[packing]
+    operands = [jnp.zeros((*lengths, case.heads, case.head_dim))] * (packing == "kv")
+    operands.append(jnp.zeros(shape))
+
+    def loss(*operands):
+        return function(*operands).sum()
+
+    gradient = jax.grad(loss, argnums=tuple(range(len(operands))))
+    jaxpr = jax.make_jaxpr(gradient)(*operands).jaxpr
+    backward = next(
+        e for e in jaxpr.eqns if e.primitive.name == "flash_attention_backward"
+    )
+    assert backward.invars[: len(operands)] == jaxpr.invars
+    assert backward.outvars == jaxpr.outvars
+
+
+NUM_DEVICES = 8
+
+SHARDED = Case(
+    "sharded",
+    "two batch entries for each device",
+    batch=2 * NUM_DEVICES,
+    seqlen_q=10,
+    seqlen_k=14,
+    heads=4,
+    heads_k=2,
+    head_dim=16,
+    dtype="float32",
+    causal=True,
+    alibi="h",
+)
+
+BATCH, WHOLE = PartitionSpec("batch"), PartitionSpec()
+
+
+def run_sharded(arrays, spec_kv, gradients_inside):
+    """Returns the gradients of q, k and v of a loss computed under shard_map."""
+    mesh = jax.make_mesh(
+        (NUM_DEVICES,), ("batch",), (AxisType.Auto,), devices=jax.devices("cpu")
+    )
+    attend = calls.attention(SHARDED)
+    names = ("q", "k", "v", "slopes", "dout", "dlse")
+    specs = (BATCH, spec_kv, spec_kv, WHOLE, BATCH, BATCH)
+
+    def local_loss(q, k, v, slopes, dout, dlse):
+        out, lse = attend(q, k, v, slopes)
+        loss = (out * dout).sum() + (lse * dlse).sum()
+        return jax.lax.psum(loss, "batch")
+
+    share = functools.partial(jax.shard_map, mesh=mesh, in_specs=specs)
+    gradient = functools.partial(jax.grad, argnums=(0, 1, 2))
+    run = (
+        share(gradient(local_loss), out_specs=specs[:3])
+        if gradients_inside
+        else gradient(share(local_loss, out_specs=WHOLE))
+    )
+    run = jax.jit(run, compiler_options=calls.FAST_COMPILE)
+    return run(*(arrays[name] for name in names))
+
+
+@pytest.mark.parametrize("gradients_inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("spec_kv", [BATCH, WHOLE], ids=["split_kv", "shared_kv"])
+def test_gradients_under_shard_map(spec_kv, gradients_inside):
+    """With varying axes checked: gradients of what devices share are their sums."""
+    assert len(jax.devices("cpu")) == NUM_DEVICES
+    arrays = inputs.make(SHARDED)
+    full = dict(arrays)
+    if spec_kv == WHOLE:
+        for name in ("k", "v"):
+            arrays[name] = arrays[name][:2]
+            full[name] = jnp.tile(arrays[name], (NUM_DEVICES, 1, 1, 1))
+    gradients = run_sharded(arrays, spec_kv, gradients_inside)
+    arguments = (
+        inputs.primitive_operands(SHARDED, full),
+        full["dout"],
+        full["dlse"],
+        inputs.spec(SHARDED),
+    )
+    exact, naive = oracle.exact(*arguments), oracle.naive(*arguments)
+    for name, gradient in zip(transforms.GRADIENTS, gradients, strict=True):
+        right, yardstick = exact[name], naive[name]
+        if spec_kv == WHOLE and name != "dq":
+            by_device = (NUM_DEVICES, 2, *right.shape[1:])
+            right, yardstick = (
+                x.reshape(by_device).sum(axis=0) for x in (right, yardstick)
+            )
+        closeness.assert_close_to_oracle(gradient, right, yardstick, what=name)
+
+
+def test_values_under_jit_equal_values_without():
+    arrays = inputs.make(CHECKS.case)
+    operands = [arrays[name] for name in transforms.OPERANDS]
+    jitted = jax.jit(CHECKS.attend)(*operands)
+    for plain, compiled in zip(CHECKS.attend(*operands), jitted, strict=True):
+        np.testing.assert_array_equal(plain, compiled)
+
+
+def test_raw_key_draws_what_the_typed_key_draws():
+    arrays = inputs.make(CHECKS.case)
+    operands = [arrays[name] for name in transforms.OPERANDS]
+    raw = jax.random.key_data(operands.pop())
+    typed_out, _ = CHECKS.attend(*operands, arrays["dropout_rng"])
+    raw_out, _ = CHECKS.attend(*operands, raw)
+    np.testing.assert_array_equal(typed_out, raw_out)
