@@ -15,38 +15,43 @@ using runtime::StatusOr;
 
 constexpr int kAnyHeadDim = 256;
 
-// Dropout, ALiBi and softcap hold more values per score in registers.
-enum class Features { kPlain, kAny };
+// What a row serves: kPlain is no dropout, ALiBi, softcap or unusual scale, all of which hold more
+// values per score in registers; kFull is kPlain without a mask.
+enum class Features { kFull, kPlain, kAny };
+
+// The chips that a row is for. Tiles that use every register were made spill-free with the
+// compiler's output for 8.0 and 9.0; for other chips it needs a few registers more.
+enum class Chips { kTuned, kAny };
 
 template <typename Tiles>
 struct Row {
   int max_head_dim;
+  Chips chips;
   Features features;
   Tiles tiles;
 };
 
-// Rows are tried from the top; the first that serves the head dim and the features and fits into
-// shared memory is taken. 227 KB: sm_90, sm_100. 163 KB: sm_80. 99 KB: sm_86, sm_89, sm_120.
-//                                  tile_q  tile_k  warps  unroll  ctas
+// Rows are tried from the top; the first that serves the head dim, the chip and the features and
+// fits into shared memory is taken.
+//                                            tile_q  tile_k  warps  unroll  ctas
 constexpr Row<ForwardTiles> kForward[] = {
-    {64, Features::kPlain, {128, 128, 4, 4, 2}},
-    {64, Features::kAny, {128, 64, 4, 2, 2}},
-    {128, Features::kPlain, {128, 48, 4, 8, 2}},
-    {128, Features::kAny, {128, 32, 4, 2, 2}},
-    {kAnyHeadDim, Features::kAny, {64, 64, 4, 4, 2}},
-    {kAnyHeadDim, Features::kAny, {64, 32, 4, 4, 1}},
+    {64, Chips::kTuned, Features::kPlain, {128, 128, 4, 4, 2}},
+    {64, Chips::kAny, Features::kAny, {128, 64, 4, 2, 2}},
+    {128, Chips::kTuned, Features::kFull, {128, 48, 4, 4, 2}},
+    {128, Chips::kTuned, Features::kPlain, {128, 48, 4, 8, 2}},
+    {kAnyHeadDim, Chips::kAny, Features::kAny, {64, 64, 4, 4, 2}},
 };
 
-//                      tile_q  tile_k  warps  row warps: score key query  stages  unroll  ctas
+//                                  tile_q  tile_k  warps  row warps: score key query  stages unroll
+//                                  ctas
 constexpr Row<BackwardTiles> kBackward[] = {
-    {64, Features::kAny, {128, 128, 8, 4, 4, 4, 2, 2, 1}},
-    {64, Features::kAny, {64, 128, 8, 2, 4, 2, 1, 2, 1}},
-    {128, Features::kAny, {64, 128, 8, 2, 4, 2, 2, 8, 1}},
-    {128, Features::kAny, {64, 64, 8, 4, 2, 2, 1, 4, 1}},
-    {192, Features::kAny, {64, 64, 8, 4, 2, 2, 1, 4, 1}},
-    {kAnyHeadDim, Features::kPlain, {64, 64, 8, 4, 2, 2, 1, 4, 1}},
-    {kAnyHeadDim, Features::kAny, {32, 64, 8, 2, 2, 2, 1, 4, 1}},
-    {kAnyHeadDim, Features::kAny, {32, 32, 4, 2, 2, 2, 1, 4, 1}},
+    {64, Chips::kAny, Features::kAny, {128, 128, 8, 4, 4, 4, 2, 2, 1}},
+    {64, Chips::kAny, Features::kAny, {64, 128, 8, 2, 4, 2, 1, 2, 1}},
+    {128, Chips::kAny, Features::kAny, {64, 128, 8, 2, 4, 2, 2, 8, 1}},
+    {128, Chips::kAny, Features::kAny, {64, 64, 8, 4, 2, 2, 1, 4, 1}},
+    {192, Chips::kAny, Features::kAny, {64, 64, 8, 4, 2, 2, 1, 4, 1}},
+    {kAnyHeadDim, Chips::kAny, Features::kAny, {32, 64, 8, 2, 2, 2, 1, 4, 1}},
+    {kAnyHeadDim, Chips::kAny, Features::kAny, {32, 32, 4, 2, 2, 2, 1, 4, 1}},
 };
 
 struct Overrides {
@@ -62,8 +67,22 @@ Overrides& overrides() {
   return *instance;
 }
 
-bool is_plain(const AttentionSpec& spec) {
-  return !spec.alibi && !spec.dropout() && spec.softcap == 0.0 && spec.softmax_scale > 0.0;
+bool serves(Chips chips, const Target& target) {
+  return chips == Chips::kAny || target.architecture == "sm_80" || target.architecture == "sm_90";
+}
+
+bool serves(Features features, const AttentionSpec& spec) {
+  const bool plain =
+      !spec.alibi && !spec.dropout() && spec.softcap == 0.0 && spec.softmax_scale > 0.0;
+  switch (features) {
+    case Features::kFull:
+      return plain && !spec.windowed();
+    case Features::kPlain:
+      return plain;
+    case Features::kAny:
+      break;
+  }
+  return true;
 }
 
 // tile/shared_tile.cuh: whole panels of 64 columns of 16-bit elements.
@@ -71,17 +90,17 @@ int tile_bytes(int rows, int columns) { return rows * ((columns + 63) / 64) * 12
 
 template <typename Tiles, std::size_t kRows, typename SharedBytes>
 StatusOr<Tiles> choose(const Row<Tiles> (&rows)[kRows], const std::optional<Tiles>& override,
-                       const AttentionSpec& spec, int head_dim, int available,
+                       const AttentionSpec& spec, int head_dim, const Target& target,
                        SharedBytes shared_bytes) {
   if (override) return *override;
   for (const Row<Tiles>& row : rows) {
-    if (head_dim <= row.max_head_dim && (row.features == Features::kAny || is_plain(spec)) &&
-        shared_bytes(row.tiles, head_dim) <= available)
+    if (head_dim <= row.max_head_dim && serves(row.chips, target) && serves(row.features, spec) &&
+        shared_bytes(row.tiles, head_dim) <= target.shared_bytes)
       return row.tiles;
   }
   return Status::unimplemented("No tiles of the sm80 family serve head_dim " +
-                               std::to_string(head_dim) + " in " + std::to_string(available) +
-                               " bytes of shared memory.");
+                               std::to_string(head_dim) + " in " +
+                               std::to_string(target.shared_bytes) + " bytes of shared memory.");
 }
 
 template <std::size_t kCount>
@@ -103,14 +122,16 @@ StatusOr<std::array<int, kCount>> parse_numbers(const std::string& text) {
 
 }  // namespace
 
-StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, int head_dim, int available) {
+StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, int head_dim,
+                                     const Target& target) {
   std::lock_guard<std::mutex> lock(overrides().mutex);
-  return choose(kForward, overrides().forward, spec, head_dim, available, forward_shared_bytes);
+  return choose(kForward, overrides().forward, spec, head_dim, target, forward_shared_bytes);
 }
 
-StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, int head_dim, int available) {
+StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, int head_dim,
+                                       const Target& target) {
   std::lock_guard<std::mutex> lock(overrides().mutex);
-  return choose(kBackward, overrides().backward, spec, head_dim, available, backward_shared_bytes);
+  return choose(kBackward, overrides().backward, spec, head_dim, target, backward_shared_bytes);
 }
 
 int forward_shared_bytes(const ForwardTiles& tiles, int head_dim) {

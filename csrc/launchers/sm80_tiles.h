@@ -5,6 +5,7 @@
 #include <string>
 
 #include "launchers/attention_spec.h"
+#include "launchers/target.h"
 #include "runtime/status.h"
 
 namespace jax_flash_attn::launchers {
@@ -30,9 +31,9 @@ struct BackwardTiles {
 };
 
 runtime::StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, int head_dim,
-                                              int shared_bytes_available);
+                                              const Target& target);
 runtime::StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, int head_dim,
-                                                int shared_bytes_available);
+                                                const Target& target);
 
 // Dynamic shared memory of the kernels built from these tiles (sm80/forward.cuh,
 // sm80/backward.cuh).

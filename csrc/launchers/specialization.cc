@@ -101,8 +101,7 @@ StatusOr<ForwardSpecialization> specialize_forward(const AttentionSpec& spec,
                                                    const Target& target) {
   JFA_RETURN_IF_ERROR(check_head_dim(shape));
   const int head_dim = static_cast<int>(shape.head_dim);
-  JFA_ASSIGN_OR_RETURN(const ForwardTiles tiles,
-                       forward_tiles(spec, head_dim, target.shared_bytes));
+  JFA_ASSIGN_OR_RETURN(const ForwardTiles tiles, forward_tiles(spec, head_dim, target));
   const int shared_bytes = forward_shared_bytes(tiles, head_dim);
   JFA_RETURN_IF_ERROR(check_fits(shared_bytes, target));
 
@@ -126,8 +125,7 @@ StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
                                                      const Target& target) {
   JFA_RETURN_IF_ERROR(check_head_dim(shape));
   const int head_dim = static_cast<int>(shape.head_dim);
-  JFA_ASSIGN_OR_RETURN(const BackwardTiles tiles,
-                       backward_tiles(spec, head_dim, target.shared_bytes));
+  JFA_ASSIGN_OR_RETURN(const BackwardTiles tiles, backward_tiles(spec, head_dim, target));
   const int shared_bytes = backward_shared_bytes(tiles, head_dim);
   JFA_RETURN_IF_ERROR(check_fits(shared_bytes, target));
 

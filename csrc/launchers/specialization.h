@@ -7,16 +7,11 @@
 
 #include "launchers/attention_spec.h"
 #include "launchers/sm80_tiles.h"
+#include "launchers/target.h"
 #include "runtime/compiler.h"
 #include "runtime/status.h"
 
 namespace jax_flash_attn::launchers {
-
-// What a choice of kernels depends on, besides the call.
-struct Target {
-  std::string architecture;  // "sm_90"
-  int shared_bytes;          // a CTA may have
-};
 
 // One kernel of an operation.
 struct KernelSpecialization {

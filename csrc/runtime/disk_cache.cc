@@ -144,7 +144,11 @@ std::string reason_disabled(const std::string& directory) {
   if (directory.empty()) return "switched off: JAX_FLASH_ATTN_CACHE_DIR names no directory";
   struct stat status = {};
   if (::stat(directory.c_str(), &status) != 0) {
-    if (::access(nearest_existing(directory).c_str(), W_OK) == 0) return "";
+    const std::filesystem::path parent = nearest_existing(directory);
+    std::error_code ignored;
+    const bool is_directory = std::filesystem::is_directory(parent, ignored);
+    if (is_directory && ::access(parent.c_str(), W_OK) == 0) return "";
+    if (!is_directory) errno = ENOTDIR;
     return "cannot be created: " + std::string(std::strerror(errno)) +
            "; set JAX_FLASH_ATTN_CACHE_DIR to a writable place";
   }

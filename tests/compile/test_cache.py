@@ -1,7 +1,7 @@
 """The kernel cache on disk: whatever is in it or wrong with it, the right kernel."""
 
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -173,19 +173,14 @@ def test_dump_directory_gets_source_log_and_cubin(tmp_path, right):
     assert suffixes[".cu"].read_text() == answer.forward["source"]
 
 
-def test_threads_compile_a_kernel_once(tmp_path):
+def test_threads_compile_a_kernel_once():
     spec = _ffi.attributes(_spec.AttentionSpec(0.125, softcap=3.0))
-    reports = []
 
-    def request():
-        reports.append(_ffi.native.compile("forward", spec, "bfloat16", 8, "sm_90")[0])
+    def request(_):
+        return _ffi.native.compile("forward", spec, "bfloat16", 8, "sm_90")[0]
 
-    threads = [threading.Thread(target=request) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(reports) == 4
+    with ThreadPoolExecutor(4) as pool:
+        reports = list(pool.map(request, range(4)))
     assert len({(r["cubin"], r["seconds"]) for r in reports}) == 1
 
 

@@ -72,6 +72,7 @@ class Answer:
     @property
     def forward(self):
         """The report on the forward kernel."""
+        assert self.error == ""
         return self.kernels["flash_forward_sm80"]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 _TABLE = Path(__file__).resolve().parents[2] / "csrc" / "launchers" / "sm80_tiles.cc"
 _ARRAYS = {"forward": "kForward", "backward": "kBackward"}
-_ROW = re.compile(r"\{(\w+), Features::(\w+), \{([\d, ]+)\}\}")
+_ROW = re.compile(r"\{(\w+), Chips::\w+, Features::(\w+), \{([\d, ]+)\}\}")
 _ANY_HEAD_DIM = 256
 
 

@@ -10,7 +10,7 @@ namespace jfa::attention {
 __device__ __forceinline__ unsigned short* head_address(const TensorView& view, int batch,
                                                         int head) {
   return static_cast<unsigned short*>(view.data) + batch % view.batches * view.batch_stride +
-         head * view.head_stride;
+         static_cast<long long>(head) * view.head_stride;
 }
 
 // A CTA's place in a grid of (tile, head, batch) with the tile fastest, as one dimension: the

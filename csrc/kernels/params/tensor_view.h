@@ -8,8 +8,8 @@ namespace jfa {
 struct TensorView {
   void* data;
   long long batch_stride;
-  long long row_stride;
-  long long head_stride;
+  int row_stride;  // 32 bits, so that an address costs one wide multiply-add
+  int head_stride;
   int batches;
 };
 

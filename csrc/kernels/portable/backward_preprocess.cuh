@@ -64,8 +64,9 @@ __device__ __forceinline__ void backward_preprocess(const BackwardParams& params
     const bool exists = row < attention.seqlen_q;
     float sum = 0.0f;
     if (exists && chunk < Shapes::kChunks) {
-      sum = dot_chunk<typename Config::Element>(out + row * params.out.row_stride + chunk * 8,
-                                                dout + row * params.dout.row_stride + chunk * 8);
+      sum = dot_chunk<typename Config::Element>(
+          out + static_cast<long long>(row) * params.out.row_stride + chunk * 8,
+          dout + static_cast<long long>(row) * params.dout.row_stride + chunk * 8);
     }
 #pragma unroll
     for (int offset = Shapes::kThreadsPerRow / 2; offset > 0; offset /= 2)

@@ -116,30 +116,41 @@ struct BackwardStage {
   }
 };
 
+// Row `query` of a head in the workspace.
+__device__ __forceinline__ long long workspace_row(const BackwardParams& params, int batch,
+                                                   int head, int query) {
+  return static_cast<long long>(batch * params.attention.heads + head) * params.padded_rows + query;
+}
+
+// q and dout of the CTA's batch: what a step's addresses start from.
+struct BackwardInputs {
+  const unsigned short* q;
+  const unsigned short* dout;
+};
+
 template <class Config>
-__device__ __forceinline__ void load_step_async(const BackwardParams& params, int batch,
+__device__ __forceinline__ void load_step_async(const BackwardParams& params,
+                                                const BackwardInputs& inputs, int batch,
                                                 const BackwardStep& step, unsigned shared,
                                                 const BackwardStage<Config>& stage) {
   using Shapes = BackwardShapes<Config>;
   using QueryTile = typename Shapes::QueryTile;
   const int first_query = step.query_tile * Config::kTileQ;
-  const int rows_valid = params.attention.seqlen_q - first_query;
-  const auto load = [&](int tile_offset, const TensorView& view) {
+  const auto load = [&](int tile_offset, const unsigned short* batch_start,
+                        const TensorView& view) {
     tile::load_rows_async<QueryTile, Config::kHeadDim, Shapes::kThreads>(
         stage.origin, tile_offset,
-        attention::head_address(view, batch, step.head) + first_query * view.row_stride,
-        view.row_stride, rows_valid);
+        batch_start + static_cast<long long>(step.head) * view.head_stride, view.row_stride,
+        first_query, params.attention.seqlen_q);
   };
-  load(Shapes::kQueryOffset, params.attention.q);
-  load(Shapes::kDoutOffset, params.dout);
+  load(Shapes::kQueryOffset, inputs.q, params.attention.q);
+  load(Shapes::kDoutOffset, inputs.dout, params.dout);
   // Row statistics are padded to whole tiles in the workspace: no bound to check.
   constexpr int kChunks = Shapes::kStatisticsBytes / 16;
   if (threadIdx.x < 2 * kChunks) {
     const bool is_delta = threadIdx.x >= kChunks;
     const int chunk = threadIdx.x % kChunks;
-    const long long row =
-        (static_cast<long long>(batch) * params.attention.heads + step.head) * params.padded_rows +
-        first_query;
+    const long long row = workspace_row(params, batch, step.head, first_query);
     ptx::cp_async_16(shared + (is_delta ? Shapes::kDeltaOffset : Shapes::kLseOffset) +
                          stage.index * Shapes::kStatisticsBytes + chunk * 16,
                      (is_delta ? params.delta : params.lse_log2) + row + chunk * 4, true);
@@ -254,10 +265,7 @@ __device__ __forceinline__ void write_key_gradient(const TensorView& view, int b
       warp / Shapes::kKeyRowWarps);
   __syncthreads();  // store_rows reads what other warps staged
   tile::store_rows<typename Shapes::KeyTile, Config::kHeadDim, Shapes::kThreads>(
-      staging,
-      attention::head_address(view, batch, head_k) +
-          static_cast<long long>(first_key) * view.row_stride,
-      view.row_stride, seqlen_k - first_key);
+      staging, attention::head_address(view, batch, head_k), view.row_stride, first_key, seqlen_k);
 }
 
 template <class Config>
@@ -291,17 +299,17 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
   const int query_row = warp % Shapes::kQueryRowWarps * 16;
   const int query_column = warp / Shapes::kQueryRowWarps;
 
+  const BackwardInputs inputs{attention::head_address(attention.q, place.batch, 0),
+                              attention::head_address(params.dout, place.batch, 0)};
   if (step.head < end_head) {
     const auto load_keys = [&](const TensorView& view, int offset) {
       tile::load_rows_async<KeyTile, Config::kHeadDim, Shapes::kThreads>(
-          shared_base, offset,
-          attention::head_address(view, place.batch, place.head) +
-              static_cast<long long>(first_key) * view.row_stride,
-          view.row_stride, attention.seqlen_k - first_key);
+          shared_base, offset, attention::head_address(view, place.batch, place.head),
+          view.row_stride, first_key, attention.seqlen_k);
     };
     load_keys(attention.k, Shapes::kKeyOffset);
     load_keys(attention.v, Shapes::kValueOffset);
-    load_step_async<Config>(params, place.batch, step, shared_base,
+    load_step_async<Config>(params, inputs, place.batch, step, shared_base,
                             BackwardStage<Config>(shared_base, 0));
   }
 
@@ -333,7 +341,7 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
     ptx::cp_async_wait<0>();
     __syncthreads();  // operands landed
     if (Shapes::kStages == 2 && next.head < end_head) {
-      load_step_async<Config>(params, place.batch, next, shared_base,
+      load_step_async<Config>(params, inputs, place.batch, next, shared_base,
                               BackwardStage<Config>(shared_base, stage_index));
     }
 
@@ -378,11 +386,11 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
     typename Shapes::QueryGradient dq;
     dq.clear();
     tile::multiply_accumulate<Element, Shapes::kKeySteps>(dq, dscores_rows, k_columns);
-    const long long head = static_cast<long long>(place.batch) * attention.heads + step.head;
-    const tile::GlobalAccumulator<Shapes::kThreads> accumulator{
-        params.dq_accum + (head * params.padded_rows + first_query) * params.padded_columns};
+    const long long row = workspace_row(params, place.batch, step.head, first_query);
+    const tile::GlobalAccumulator<Shapes::kThreads> accumulator{params.dq_accum +
+                                                                row * params.padded_columns};
     if constexpr (Config::kDeterministic) {
-      int* turn = params.turns + (head * params.padded_rows + first_query) / kSmallestQueryTile;
+      int* turn = params.turns + row / kSmallestQueryTile;
       const int mine = place.tile - range.key_tiles(first_query).begin;
       wait_for_turn(turn, mine);
       accumulator.add(dq);
@@ -397,7 +405,7 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
     if (Shapes::kStages == 1) {
       __syncthreads();  // operands free
       if (next.head < end_head) {
-        load_step_async<Config>(params, place.batch, next, shared_base, stage);
+        load_step_async<Config>(params, inputs, place.batch, next, shared_base, stage);
       }
     }
     step = next;
@@ -424,9 +432,9 @@ __device__ __forceinline__ void backward_postprocess(const BackwardParams& param
   const int first_query = place.tile * Config::kTileQ;
   const int warp = static_cast<int>(threadIdx.x) / 32;
 
-  const long long head = static_cast<long long>(place.batch) * attention.heads + place.head;
-  const tile::GlobalAccumulator<Shapes::kThreads> accumulator{
-      params.dq_accum + (head * params.padded_rows + first_query) * params.padded_columns};
+  const long long row = workspace_row(params, place.batch, place.head, first_query);
+  const tile::GlobalAccumulator<Shapes::kThreads> accumulator{params.dq_accum +
+                                                              row * params.padded_columns};
   typename Shapes::QueryGradient dq;
   accumulator.load(dq);
   dq.scale(attention.softmax_scale);
@@ -436,10 +444,8 @@ __device__ __forceinline__ void backward_postprocess(const BackwardParams& param
       warp / Shapes::kQueryRowWarps);
   __syncthreads();  // store_rows reads what other warps staged
   tile::store_rows<typename Shapes::QueryTile, Config::kHeadDim, Shapes::kThreads>(
-      shared,
-      attention::head_address(params.dq, place.batch, place.head) +
-          static_cast<long long>(first_query) * params.dq.row_stride,
-      params.dq.row_stride, attention.seqlen_q - first_query);
+      shared, attention::head_address(params.dq, place.batch, place.head), params.dq.row_stride,
+      first_query, attention.seqlen_q);
 }
 
 }  // namespace jfa::sm80

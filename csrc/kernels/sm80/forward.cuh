@@ -98,10 +98,9 @@ __device__ __forceinline__ void write_rows(const ForwardParams& params, unsigned
   tile::store_accumulator<typename Config::Element, typename Shapes::QueryTile, 16, 1>(
       tile::shared_address(staging), 0, out, warp_row, 0);
   __syncthreads();  // store_rows reads rows that other warps staged
-  unsigned short* rows = attention::head_address(params.out, place.batch, place.head) +
-                         first_query * params.out.row_stride;
   tile::store_rows<typename Shapes::QueryTile, Config::kHeadDim, Shapes::kThreads>(
-      staging, rows, params.out.row_stride, params.attention.seqlen_q - first_query);
+      staging, attention::head_address(params.out, place.batch, place.head), params.out.row_stride,
+      first_query, params.attention.seqlen_q);
 }
 
 template <class Config>
@@ -124,12 +123,15 @@ __device__ __forceinline__ void forward(const ForwardParams& params, unsigned ch
   const unsigned q_shared = tile::shared_address(shared);
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * Shapes::kWarpRows;
 
+  // The tile's first row goes into the pointer, which is the same for all threads and costs none of
+  // their registers.
   const auto load_keys = [&](const TensorView& view, int tile_offset, int key_tile) {
     const int first_key = key_tile * Config::kTileK;
     tile::load_rows_async<KeyTile, Config::kHeadDim, Shapes::kThreads>(
         q_shared, tile_offset,
-        attention::head_address(view, place.batch, head_k) + first_key * view.row_stride,
-        view.row_stride, attention.seqlen_k - first_key);
+        attention::head_address(view, place.batch, head_k) +
+            static_cast<long long>(first_key) * view.row_stride,
+        view.row_stride, 0, attention.seqlen_k - first_key);
     ptx::cp_async_commit();
   };
 
@@ -139,10 +141,8 @@ __device__ __forceinline__ void forward(const ForwardParams& params, unsigned ch
 
   if (!key_tiles.empty()) {
     tile::load_rows_async<QueryTile, Config::kHeadDim, Shapes::kThreads>(
-        q_shared, 0,
-        attention::head_address(attention.q, place.batch, place.head) +
-            first_query * attention.q.row_stride,
-        attention.q.row_stride, attention.seqlen_q - first_query);
+        q_shared, 0, attention::head_address(attention.q, place.batch, place.head),
+        attention.q.row_stride, first_query, attention.seqlen_q);
     load_keys(attention.k, Shapes::kKeyOffset, key_tiles.end - 1);
   }
 

@@ -25,51 +25,55 @@ struct ChunkWalk {
   }
 };
 
-// Starts the copy of rows [0, rows_valid) of a row-major matrix into the tile that starts
-// tile_offset bytes behind origin; the rest of the tile is filled with zeros and nothing behind the
-// matrix is read. Tiles of one origin share the register of a thread's place. Threads: all of the
-// CTA. Effect: leaves cp.async operations to be committed by the caller.
+// Starts the copy of rows [first_row, min(first_row + Tile::kRows, rows)) of a row-major matrix
+// into the tile that starts tile_offset bytes behind origin; the rest of the tile is filled with
+// zeros and nothing behind the matrix is read. Tiles of one origin share the register of a thread's
+// place. Threads: all of the CTA. Effect: leaves cp.async operations to be committed by the caller.
 template <class Tile, int kHeadDim, int kThreads>
 __device__ __forceinline__ void load_rows_async(unsigned origin, unsigned tile_offset,
-                                                const unsigned short* matrix, long long row_stride,
-                                                int rows_valid) {
+                                                const unsigned short* matrix, int row_stride,
+                                                int first_row, int rows) {
   using Walk = ChunkWalk<Tile, kHeadDim, kThreads>;
   const Walk walk;
-  const unsigned short* source = matrix + walk.row * row_stride + walk.chunk * kChunkColumns;
+  const int row = first_row + walk.row;
+  const unsigned short* source =
+      matrix + (static_cast<long long>(row) * row_stride + walk.chunk * kChunkColumns);
   // A thread's first chunk lies in the first panel.
   const unsigned target = origin + walk.row * kPanelRowBytes + ((walk.chunk ^ (walk.row % 8)) * 16);
 #pragma unroll
   for (int pass = 0; pass < Walk::kPasses; ++pass) {
-    const bool valid = walk.row + pass * Walk::kRowsPerPass < rows_valid;
+    const bool valid = row + pass * Walk::kRowsPerPass < rows;
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
       ptx::cp_async_16(target + (tile_offset + pass * Walk::kRowsPerPass * kPanelRowBytes +
                                  panel * Tile::kPanelBytes),
                        source + panel * kPanelColumns, valid && walk.in_head_dim(panel));
     }
-    source += Walk::kRowsPerPass * row_stride;
+    source += static_cast<long long>(Walk::kRowsPerPass) * row_stride;
   }
 }
 
-// Writes rows [0, rows_valid) of a tile to a row-major matrix.
+// Writes a tile to rows [first_row, min(first_row + Tile::kRows, rows)) of a row-major matrix.
 // Threads: all of the CTA. Needs: a barrier between the tile's writers and this call.
 template <class Tile, int kHeadDim, int kThreads>
 __device__ __forceinline__ void store_rows(const unsigned char* tile, unsigned short* matrix,
-                                           long long row_stride, int rows_valid) {
+                                           int row_stride, int first_row, int rows) {
   using Walk = ChunkWalk<Tile, kHeadDim, kThreads>;
   const Walk walk;
-  unsigned short* target = matrix + walk.row * row_stride + walk.chunk * kChunkColumns;
+  const int row = first_row + walk.row;
+  unsigned short* target =
+      matrix + (static_cast<long long>(row) * row_stride + walk.chunk * kChunkColumns);
   const unsigned char* source = tile + Tile::offset(walk.row, walk.chunk);
 #pragma unroll
   for (int pass = 0; pass < Walk::kPasses; ++pass) {
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      if (walk.row + pass * Walk::kRowsPerPass < rows_valid && walk.in_head_dim(panel)) {
+      if (row + pass * Walk::kRowsPerPass < rows && walk.in_head_dim(panel)) {
         *reinterpret_cast<uint4*>(target + panel * kPanelColumns) = *reinterpret_cast<const uint4*>(
             source + pass * Walk::kRowsPerPass * kPanelRowBytes + panel * Tile::kPanelBytes);
       }
     }
-    target += Walk::kRowsPerPass * row_stride;
+    target += static_cast<long long>(Walk::kRowsPerPass) * row_stride;
   }
 }
 
