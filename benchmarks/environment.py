@@ -71,5 +71,5 @@ def describe(contenders: Iterable[Contender]) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": _versions(contenders),
         "commit": _output("git", "describe", "--always", "--dirty"),
-        "command": [sys.executable, *sys.argv],
+        "command": ["python", "-m", "benchmarks.run", *sys.argv[1:]],
     }

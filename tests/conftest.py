@@ -19,6 +19,7 @@ from tests.support import devices
 
 HOST_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 NUM_HOST_DEVICES = 8
+ROOT = Path(__file__).resolve().parents[1]
 
 # XLA reads the flags when its first backend starts, which no import does.
 if HOST_DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
@@ -30,6 +31,16 @@ if HOST_DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
 # failure repeat.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure() -> None:
+    """Refuses to test an unbuilt tree, where every kernel test would fail alike."""
+    folder = Path(jax_flash_attn.__file__).parent
+    if folder.parent == ROOT and not list(folder.glob("_native.*.so")):
+        raise pytest.UsageError(
+            f"{folder} is under test and has no native module: run "
+            '`pip install -e ".[test]"` first, or call `pytest`, not `python -m pytest`.'
+        )
 
 
 def pytest_report_header() -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support import cases
 
-NUM_RANDOM = 60
+NUM_RANDOM = 30
 NUM_RANDOM_LONG = 600
 
 _FLOAT16 = (
