@@ -39,7 +39,7 @@ def pytest_configure() -> None:
     if folder.parent == ROOT and not list(folder.glob("_native.*.so")):
         raise pytest.UsageError(
             f"{folder} is under test and has no native module: run "
-            '`pip install -e ".[test]"` first, or call `pytest`, not `python -m pytest`.'
+            '`pip install -e ".[test]"` first, or call `pytest` without `python -m`.'
         )
 
 

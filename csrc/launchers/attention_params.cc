@@ -13,6 +13,8 @@ using runtime::StatusOr;
 
 // Sums of an index, a diagonal and a window stay below 2^31.
 constexpr std::int64_t kLargestSeqlen = std::int64_t{1} << 28;
+// Row strides of a packed tensor, three times this, fit into 32 bits.
+constexpr std::int64_t kLargestRow = std::int64_t{1} << 29;
 // Rows of the smallest tile of any kernel: bounds the number of CTAs.
 constexpr std::int64_t kSmallestTile = 16;
 
@@ -31,6 +33,11 @@ unsigned dropout_threshold(double dropout_p) {
 Status check_sizes(const AttentionShape& shape) {
   if (std::max(shape.seqlen_q, shape.seqlen_k) > kLargestSeqlen) {
     return Status::unimplemented("Sequences of more than 2^28 rows are not supported.");
+  }
+  if (shape.heads * shape.head_dim > kLargestRow) {
+    return Status::unimplemented(
+        "Rows of more than 2^29 elements (heads * head_dim) are not "
+        "supported.");
   }
   const std::int64_t rows = std::max(shape.seqlen_q, shape.seqlen_k);
   if (shape.batch * shape.heads >
