@@ -16,6 +16,7 @@ import numpy as np
 from jax_flash_attn import _shapes, _spec, dropout
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+_FLOAT32 = np.finfo(np.float32)
 IMPLEMENTATIONS = ("auto", "cuda", "jax")
 
 
@@ -106,9 +107,19 @@ def static_number(value: Any, name: str) -> float:
         value = value.item()
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}.")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}.")
-    return float(value)
+    smallest, largest = float(_FLOAT32.tiny), float(_FLOAT32.max)
+    if number != 0.0 and not smallest <= abs(number) <= largest:
+        raise ValueError(
+            f"{name} must be 0 or in the range of float32, {smallest:.2g} to "
+            f"{largest:.2g} in size, got {value}."
+        )
+    return number
 
 
 def static_flag(value: Any, name: str) -> bool:
@@ -209,7 +220,7 @@ def dropout_keys(value: Any, p: float, batch: int, heads: int) -> jax.Array | No
                 f"dropout_rng must be one PRNG key, got an array of keys of shape "
                 f"{array.shape}."
             )
-    elif array.dtype != jnp.uint32 or array.ndim != 1:
+    elif array.dtype != jnp.uint32 or array.ndim != 1 or array.size == 0:
         raise TypeError(
             "dropout_rng must be a JAX PRNG key (jax.random.key, or raw uint32 key "
             f"data of rank 1), got {array.dtype} of shape {array.shape}."

@@ -177,7 +177,9 @@ def _register(
         chosen = plain
         if params["implementation"] != "jax":
             q = ctx.avals_in[0]
-            obstacle = _support.call_obstacle(q.dtype, q.shape[-1])
+            obstacle = _support.call_obstacle(
+                q.dtype, q.shape[-1], params["spec"].softcap
+            )
             obstacle = obstacle or _support.machine_obstacle()
             if obstacle is None:
                 chosen = kernel

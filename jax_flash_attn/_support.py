@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax_flash_attn import _ffi
 
 MAX_HEAD_DIM = 256
+# The kernels' capped score has an absolute error of softcap * 2**-23.
+MAX_SOFTCAP = 1e4
 OLDEST_COMPUTE_CAPABILITY = 8.0
 
 _warned: set[str] = set()
@@ -18,12 +20,14 @@ def padded_head_dim(head_dim: int) -> int:
     return -(-head_dim // 8) * 8
 
 
-def call_obstacle(dtype: jnp.dtype, head_dim: int) -> str | None:
-    """Why no kernel computes calls of this dtype and head dim on any device."""
+def call_obstacle(dtype: jnp.dtype, head_dim: int, softcap: float) -> str | None:
+    """Why no kernel computes such calls on any device."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"the kernels take bfloat16 and float16 inputs, got {jnp.dtype(dtype)}"
     if not 0 < head_dim <= MAX_HEAD_DIM:
         return f"the kernels take head dims from 1 to {MAX_HEAD_DIM}, got {head_dim}"
+    if softcap > MAX_SOFTCAP:
+        return f"the kernels take softcap up to {MAX_SOFTCAP:g}, got {softcap:g}"
     return None
 
 
@@ -67,7 +71,7 @@ def warn_once(reason: str) -> None:
 
 def on_gpu() -> bool:
     """Whether JAX's default backend is a CUDA GPU."""
-    return jax.default_backend() == "gpu"
+    return jax.default_backend() == "gpu" and bool(_cuda_devices())
 
 
 def _cuda_devices() -> list[jax.Device]:

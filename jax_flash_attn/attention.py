@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flash_attn import _arguments, _shapes, _spec, _support, _vjp
+from jax_flash_attn import _arguments, _shapes, _spec, _support, _vjp, dense
 from jax_flash_attn._primitives import Operands
 
 Result = jax.Array | tuple[jax.Array, jax.Array]
@@ -368,7 +368,7 @@ def _run(
 ) -> tuple[jax.Array, ...]:
     if implementation == "cuda":
         q = operands.qkv[0]
-        obstacle = _support.call_obstacle(q.dtype, q.shape[-1])
+        obstacle = _support.call_obstacle(q.dtype, q.shape[-1], spec.softcap)
         if obstacle is not None:
             raise NotImplementedError(obstacle)
     return _vjp.attend(operands, spec, implementation, return_lse)
@@ -401,8 +401,15 @@ def _refuse_lengths(query_seq_lengths: Any, key_value_seq_lengths: Any) -> None:
 def _local_window(value: Any, causal: bool) -> tuple[int, int]:
     if value is None:
         value = (-1, -1)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        value = (value, value)
+    else:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = (value, value)
+        _arguments.window(value, causal, "local_window_size")
+        if min(value) < 0:
+            raise ValueError(
+                "local_window_size must hold sizes of at least 0 (jax.nn has no sign "
+                f"for an unlimited side: pass a long window), got {value!r}."
+            )
     return _arguments.window(value, causal, "local_window_size")
 
 
@@ -413,7 +420,7 @@ def _with_dense_mask(
     spec: _spec.AttentionSpec,
     implementation: _spec.Implementation,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention with a bias or mask array, by jax.nn, and zeros for empty rows."""
+    """Attention with a bias or mask array, visibly on the JAX path."""
     given = "bias" if bias is not None else "mask"
     obstacle = f"a {given} array is passed, which no kernel reads"
     if implementation == "cuda":
@@ -433,17 +440,6 @@ def _with_dense_mask(
     mask = _arguments.dense(mask, "mask", scores)
     if mask is not None:
         visible &= mask
-    out, lse = jax.nn.dot_product_attention(
-        query,
-        key,
-        arrays["value"],
-        bias,
-        visible,
-        scale=spec.softmax_scale,
-        implementation="xla",
-        return_residual=True,
+    return dense.attention(
+        query, key, arrays["value"], bias, visible, softmax_scale=spec.softmax_scale
     )
-    lse = lse.astype(jnp.promote_types(lse.dtype, jnp.float32)).swapaxes(1, 2)
-    sees_some = jnp.broadcast_to(visible.any(-1), lse.shape)
-    out = jnp.where(sees_some.swapaxes(1, 2)[..., None], out, 0)
-    return out, jnp.where(sees_some, lse, -jnp.inf)

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jax_flash_attn import _spec, dropout
+from jax_flash_attn import _compat, _spec, dropout
 
 MAX_TILE = 512
 """The most rows a tile of queries, or of keys, has; a longer sequence is cut evenly."""
@@ -440,13 +440,10 @@ def _tile_length(seqlen: int) -> int:
 def _zero(dtype: jnp.dtype, *operands: jax.Array | None) -> jax.Array:
     """A zero that varies over every mesh axis that an operand varies over.
 
-    A loop inside shard_map wants its first carry to vary as its later ones do. A
-    select, unlike a product with 0, is safe from NaN. No operand may be empty.
+    A loop inside shard_map wants its first carry to vary as its later ones do.
     """
-    zero = jnp.zeros((), dtype)
-    for x in operands:
-        if x is not None:
-            zero += jnp.where(x[(0,) * x.ndim] == 0, jnp.zeros((), dtype), 0)
+    zero = _compat.cast_to_common_varying(jnp.zeros((), dtype), *operands)[0]
+    assert zero is not None
     return zero
 
 

@@ -86,18 +86,18 @@ def explain(
     spec, chosen = found["spec"], found["chosen"]
     head_dim = structs["q"].shape[-1]
     padded = _support.padded_head_dim(head_dim)
+    dtype = structs["q"].dtype
     target, reason = _target(architecture)
     obstacle = (
         'implementation="jax" was passed'
         if chosen == "jax"
-        else _support.call_obstacle(structs["q"].dtype, head_dim) or reason
+        else _support.call_obstacle(dtype, head_dim, spec.softcap) or reason
     )
     if obstacle:
         return Explanation("jax", obstacle, target, "", "", spec, padded)
-    dtype = str(jnp.dtype(structs["q"].dtype))
     tiles = {
         operation: _ffi.native.tiles(
-            operation, _ffi.attributes(spec), dtype, padded, target
+            operation, _ffi.attributes(spec), str(jnp.dtype(dtype)), padded, target
         )
         for operation in ("forward", "backward")
     }

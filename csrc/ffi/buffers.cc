@@ -18,7 +18,7 @@ jfa::TensorView view_at(const AnyBuffer& buffer, std::int64_t parts, int part) {
   auto* data = static_cast<std::uint16_t*>(buffer.untyped_data());
   // A buffer without elements has no address to step from.
   if (data != nullptr) data += part * row;
-  return {data, dims[1] * parts * row, parts * row, head_dim,
+  return {data, dims[1] * parts * row, static_cast<int>(parts * row), static_cast<int>(head_dim),
           static_cast<int>(dims[0] > 0 ? dims[0] : 1)};
 }
 

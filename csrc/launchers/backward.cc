@@ -85,11 +85,12 @@ Status prepare_backward(const BackwardCall& call) {
 
 Status run_backward(const BackwardCall& call, runtime::CUstream stream) {
   JFA_ASSIGN_OR_RETURN(const int device, runtime::current_device());
-  const BackwardPlan* plan = plans().find(plan_key(call.spec, call.shape, device));
+  const PlanKey key = plan_key(call.spec, call.shape, device);
+  const BackwardPlan* plan = plans().find(key);
   if (plan == nullptr) {
     JFA_RETURN_IF_ERROR(check_not_capturing(stream));
-    JFA_RETURN_IF_ERROR(prepare_backward(call));
-    plan = plans().find(plan_key(call.spec, call.shape, device));
+    JFA_RETURN_IF_ERROR(check_sizes(call.shape));
+    JFA_ASSIGN_OR_RETURN(plan, plans().get(key, [&] { return make_plan(call); }));
   }
   const BackwardSpecialization& specialization = plan->specialization;
   const jfa::BackwardParams params = backward_params(call);

@@ -42,11 +42,12 @@ Status prepare_forward(const ForwardCall& call) {
 
 Status run_forward(const ForwardCall& call, runtime::CUstream stream) {
   JFA_ASSIGN_OR_RETURN(const int device, runtime::current_device());
-  const ForwardPlan* plan = plans().find(plan_key(call.spec, call.shape, device));
+  const PlanKey key = plan_key(call.spec, call.shape, device);
+  const ForwardPlan* plan = plans().find(key);
   if (plan == nullptr) {
     JFA_RETURN_IF_ERROR(check_not_capturing(stream));
-    JFA_RETURN_IF_ERROR(prepare_forward(call));
-    plan = plans().find(plan_key(call.spec, call.shape, device));
+    JFA_RETURN_IF_ERROR(check_sizes(call.shape));
+    JFA_ASSIGN_OR_RETURN(plan, plans().get(key, [&] { return make_plan(call); }));
   }
   jfa::ForwardParams params{};
   params.attention = attention_params(call);

@@ -153,14 +153,16 @@ Status override_tiles(const std::string& operation, const std::string& tiles) {
   Overrides& state = overrides();
   std::lock_guard<std::mutex> lock(state.mutex);
   if (operation == "forward") {
-    state.forward.reset();
-    if (!tiles.empty()) {
+    if (tiles.empty()) {
+      state.forward.reset();
+    } else {
       JFA_ASSIGN_OR_RETURN(const auto numbers, parse_numbers<5>(tiles));
       state.forward = ForwardTiles{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
     }
   } else if (operation == "backward") {
-    state.backward.reset();
-    if (!tiles.empty()) {
+    if (tiles.empty()) {
+      state.backward.reset();
+    } else {
       JFA_ASSIGN_OR_RETURN(const auto numbers, parse_numbers<9>(tiles));
       state.backward = BackwardTiles{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
                                      numbers[5], numbers[6], numbers[7], numbers[8]};

@@ -194,7 +194,7 @@ def _jobs(options: argparse.Namespace) -> Iterator[Job]:
         _specs([name for name in _FEATURES if getattr(options, name)]),
         operations,
     ):
-        obstacle = _support.call_obstacle(jnp.dtype(dtype), head_dim)
+        obstacle = _support.call_obstacle(jnp.dtype(dtype), head_dim, spec.softcap)
         if obstacle:
             raise ValueError(obstacle)
         padded = _support.padded_head_dim(head_dim)

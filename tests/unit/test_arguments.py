@@ -112,6 +112,9 @@ VALUES = {
     "slopes_rank_3": ({"alibi_slopes": np.ones((B, H, 1))}, "alibi_slopes"),
     "scale_infinite": ({"softmax_scale": float("inf")}, "softmax_scale"),
     "softcap_negative": ({"softcap": -1.0}, "softcap"),
+    "softcap_below_float32": ({"softcap": 1e-50}, "softcap"),
+    "scale_below_float32": ({"softmax_scale": 1e-50}, "softmax_scale"),
+    "scale_above_float64": ({"softmax_scale": 10**400}, "softmax_scale"),
     "softcap_nan": ({"softcap": float("nan")}, "softcap"),
     "implementation": ({"implementation": "triton"}, "implementation"),
     "implementation_none": ({"implementation": None}, "implementation"),
@@ -265,6 +268,11 @@ DOT_PRODUCT = {
     "return_residual": ({"return_residual": 1}, TypeError, "return_residual"),
     "window_of_three": (
         {"local_window_size": (1, 2, 3)},
+        ValueError,
+        "local_window_size",
+    ),
+    "window_negative": (
+        {"local_window_size": (-1, 2)},
         ValueError,
         "local_window_size",
     ),

@@ -28,7 +28,7 @@ PYTHON_LAYERS = (
     {"_batching", "_support"},
     {"_ffi"},
     {"_native"},
-    {"_arguments", "blockwise", "reference"},
+    {"_arguments", "blockwise", "dense", "reference"},
     {"_shapes", "dropout"},
     {"_compat", "_spec", "_version"},
 )

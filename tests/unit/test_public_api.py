@@ -178,7 +178,7 @@ def test_dot_product_attention_without_a_batch():
 def test_dot_product_attention_of_rows_that_see_no_key(dense):
     q, k = jnp.ones((2, 6, 2, 8)), jnp.ones((2, 3, 2, 8))
     visible = jnp.arange(3) >= jnp.arange(6)[:, None] - 1
-    keywords = {"mask": visible} if dense else {"local_window_size": (1, -1)}
+    keywords = {"mask": visible} if dense else {"local_window_size": (1, 100)}
 
     def call(q, k, v):
         return jax_flash_attn.dot_product_attention(
@@ -204,3 +204,63 @@ def test_keep_mask_is_what_a_call_drops():
     keep = jax_flash_attn.testing.dropout_keep_mask(rng, 0.3, 2, 2, 20, seqlen)
     assert keep.shape == (2, 2, 20, seqlen)
     np.testing.assert_array_equal(out.swapaxes(1, 2) != 0, keep)
+
+
+def test_dense_mask_of_ones_changes_nothing():
+    """With lse and gradients, in a dtype where a rounded lse would show."""
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+        for i, shape in enumerate(((2, 9, 4, 8), (2, 11, 2, 8), (2, 11, 2, 8)))
+    )
+    mask = jnp.ones((1, 1, 9, 11), bool)
+
+    def loss(q, k, v, mask):
+        out, lse = jax_flash_attn.dot_product_attention(
+            q, k, v, mask=mask, return_residual=True, implementation="jax"
+        )
+        return out.astype(jnp.float32).sum() + lse.sum(), lse
+
+    for with_mask, without in zip(
+        jax.tree.leaves(jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v, mask)),
+        jax.tree.leaves(jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v, None)),
+        strict=True,
+    ):
+        eps = float(jnp.finfo(with_mask.dtype).eps)
+        difference = jnp.abs(
+            with_mask.astype(jnp.float32) - without.astype(jnp.float32)
+        ).max()
+        assert difference <= 4 * eps * jnp.abs(without.astype(jnp.float32)).max()
+
+
+def test_bias_of_minus_infinity_hides_a_row():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
+    bias = jnp.zeros((3, 3)).at[1].set(-jnp.inf)
+
+    def attend(x):
+        return jax_flash_attn.dot_product_attention(
+            x, x, x, bias=bias, return_residual=True, implementation="jax"
+        )
+
+    out, lse = attend(x)
+    assert (out[:, 1] == 0).all()
+    assert (lse[:, 1] == -jnp.inf).all()
+    assert jnp.isfinite(jax.grad(lambda x: attend(x)[0].sum())(x)).all()
+
+
+@pytest.mark.parametrize("axis", [0, 2], ids=["batch", "heads"])
+def test_operands_of_an_explicit_mesh(axis):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = [None] * 4
+    spec[axis] = "x"
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    x = jax.random.normal(jax.random.key(0), (2, 16, 4, 8))
+
+    def loss(x):
+        out = jax_flash_attn.flash_attn_func(x, x, x, causal=True)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    sharded = jax.jit(jax.value_and_grad(loss))(jax.device_put(x, sharding))
+    for actual, right in zip(sharded, jax.value_and_grad(loss)(x), strict=True):
+        difference = np.abs(np.asarray(actual) - np.asarray(right)).max()
+        # The sums of the loss and of the gradient add in another order.
+        assert difference <= 16 * np.finfo(np.float32).eps * np.abs(right).max()

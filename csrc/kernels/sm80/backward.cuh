@@ -65,6 +65,8 @@ struct BackwardShapes {
                     Config::kTileK % (16 * kKeyRowWarps) == 0 &&
                     Config::kTileQ % (16 * kQueryRowWarps) == 0,
                 "warps take whole 16-row and 16-column blocks");
+  static_assert(kWorkspaceRowMultiple % Config::kTileQ == 0 && Config::kTileQ >= kSmallestQueryTile,
+                "the workspace is padded to whole query tiles");
   static_assert(kScoreColumnWarps <= 4 && kKeyColumnWarps <= 4 && kQueryColumnWarps <= 4,
                 "LaneView steps over at most four 16-column blocks");
 
@@ -230,7 +232,10 @@ __device__ __forceinline__ Scores kept_probs(const Scores& probs) {
 #pragma unroll
       for (int n = 0; n < Scores::kColumnTiles; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) kept.values[m][n][i] = fmaxf(kept.values[m][n][i], 0.0f);
+        for (int i = 0; i < 4; ++i) {
+          float& prob = kept.values[m][n][i];
+          if (__float_as_uint(prob) >> 31) prob = 0.0f;
+        }
   }
   return kept;
 }

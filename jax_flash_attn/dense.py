@@ -1,0 +1,62 @@
+"""Attention with a bias or mask array, the whole score matrix in memory.
+
+No kernel reads such arrays; `dot_product_attention` comes here with them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    visible: jax.Array,
+    *,
+    softmax_scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (out, lse) of softmax(scale q k^T + bias) v over the visible keys.
+
+    Scores and lse are float32 (float64 for float64 inputs); a query that sees no key,
+    or whose scores are all -inf, gets out 0, lse -inf and no gradient.
+
+    Args:
+        q: (B, Sq, H, D).
+        k: (B, Sk, Hk, D).
+        v: The shape of k.
+        bias: Broadcastable to (B, H, Sq, Sk), or None.
+        visible: Bools, likewise.
+        softmax_scale: Factor of q k^T.
+
+    Returns:
+        out, (B, Sq, H, D) in the dtype of q, and lse, (B, H, Sq).
+    """
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    batch, seqlen_q, heads, head_dim = q.shape
+    heads_k = k.shape[2]
+    grouped = q.reshape(batch, seqlen_q, heads_k, heads // heads_k, head_dim)
+    scores = _product("bqhgd,bkhd->bhgqk", grouped, k, dtype) * jnp.asarray(
+        softmax_scale, dtype
+    )
+    scores = scores.reshape(batch, heads, seqlen_q, k.shape[1])
+    if bias is not None:
+        scores += bias.astype(dtype)
+    scores = jnp.where(visible, scores, -jnp.inf)
+    is_empty = (scores == -jnp.inf).all(-1, keepdims=True)
+    # The inner where keeps -inf minus -inf out of the gradient.
+    scores = jnp.where(is_empty, 0, scores)
+    lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    probs = jnp.where(is_empty, 0, jnp.exp(scores - lse)).astype(v.dtype)
+    probs = probs.reshape(batch, heads_k, heads // heads_k, seqlen_q, k.shape[1])
+    out = _product("bhgqk,bkhd->bqhgd", probs, v, dtype).astype(q.dtype)
+    return out.reshape(q.shape), jnp.where(is_empty, -jnp.inf, lse)[..., 0]
+
+
+def _product(
+    subscripts: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == dtype else None
+    return jnp.einsum(
+        subscripts, a, b, precision=precision, preferred_element_type=dtype
+    )
