@@ -400,17 +400,16 @@ def _refuse_lengths(query_seq_lengths: Any, key_value_seq_lengths: Any) -> None:
 
 def _local_window(value: Any, causal: bool) -> tuple[int, int]:
     if value is None:
-        value = (-1, -1)
-    else:
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = (value, value)
-        _arguments.window(value, causal, "local_window_size")
-        if min(value) < 0:
-            raise ValueError(
-                "local_window_size must hold sizes of at least 0 (jax.nn has no sign "
-                f"for an unlimited side: pass a long window), got {value!r}."
-            )
-    return _arguments.window(value, causal, "local_window_size")
+        return _arguments.window((-1, -1), causal)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value, value)
+    limits = _arguments.window(value, causal, "local_window_size")
+    if min(value) < 0:
+        raise ValueError(
+            "local_window_size must hold sizes of at least 0 (jax.nn has no sign for "
+            f"an unlimited side: pass a long window), got {value!r}."
+        )
+    return limits
 
 
 def _with_dense_mask(

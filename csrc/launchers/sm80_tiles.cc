@@ -42,8 +42,7 @@ constexpr Row<ForwardTiles> kForward[] = {
     {kAnyHeadDim, Chips::kAny, Features::kAny, {64, 64, 4, 4, 2}},
 };
 
-//                                  tile_q  tile_k  warps  row warps: score key query  stages unroll
-//                                  ctas
+// tile_q, tile_k, warps; row warps of the scores, of dk and dv, of dq; stages, unroll, ctas
 constexpr Row<BackwardTiles> kBackward[] = {
     {64, Chips::kAny, Features::kAny, {128, 128, 8, 4, 4, 4, 2, 2, 1}},
     {64, Chips::kAny, Features::kAny, {64, 128, 8, 2, 4, 2, 1, 2, 1}},

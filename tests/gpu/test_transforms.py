@@ -9,39 +9,13 @@ pytestmark = pytest.mark.gpu
 
 CHECKS = transforms.Checks("cuda", "bfloat16")
 
-SUBSETS = [
-    pytest.param(
-        subset,
-        id="-".join(subset),
-        marks=() if subset in transforms.PAIRWISE_SUBSETS else pytest.mark.long,
-    )
-    for subset in transforms.SUBSETS
-]
 
-
-@pytest.mark.parametrize(
-    "check",
-    [
-        CHECKS.jit,
-        CHECKS.eager,
-        CHECKS.value_and_grad,
-        CHECKS.grad_without_lse,
-        CHECKS.grad_of_lse_alone,
-        CHECKS.vmap_over_other_axes,
-        CHECKS.vmap_out_axes,
-        CHECKS.nested_vmap,
-        CHECKS.vmap_of_vjp,
-        CHECKS.vmapped_dropout_equals_loop,
-        CHECKS.scan,
-        CHECKS.second_derivatives_are_refused,
-    ],
-    ids=lambda check: check.__name__,
-)
+@pytest.mark.parametrize("check", transforms.BASIC_CHECKS)
 def test_transform(check):
-    check()
+    getattr(CHECKS, check)()
 
 
-@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("subset", transforms.SUBSET_PARAMETERS)
 def test_vmap_of_grad(subset):
     CHECKS.vmap_of_grad(subset)
 

@@ -37,6 +37,32 @@ PAIRWISE_SUBSETS = (
     ("q", "v", "dropout_rng"),
     OPERANDS,
 )
+
+SUBSET_PARAMETERS = tuple(
+    pytest.param(
+        subset,
+        id="-".join(subset),
+        marks=() if subset in PAIRWISE_SUBSETS else pytest.mark.long,
+    )
+    for subset in SUBSETS
+)
+"""Every subset, those that are not needed for pairs behind `long`."""
+
+BASIC_CHECKS = (
+    "jit",
+    "eager",
+    "value_and_grad",
+    "grad_without_lse",
+    "grad_of_lse_alone",
+    "vmap_over_other_axes",
+    "vmap_out_axes",
+    "nested_vmap",
+    "vmap_of_vjp",
+    "vmapped_dropout_equals_loop",
+    "scan",
+    "second_derivatives_are_refused",
+)
+"""The names of the checks that take no argument."""
 """Every pair of operands with each of them mapped and not mapped."""
 
 EVERYTHING = Case(

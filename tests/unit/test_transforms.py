@@ -14,15 +14,6 @@ from tests.support.cases import Case
 
 CHECKS = transforms.Checks("auto", "float32")
 
-SUBSETS = [
-    pytest.param(
-        subset,
-        id="-".join(subset),
-        marks=() if subset in transforms.PAIRWISE_SUBSETS else pytest.mark.long,
-    )
-    for subset in transforms.SUBSETS
-]
-
 
 @pytest.fixture(autouse=True, scope="module")
 def on_cpu():
@@ -30,29 +21,12 @@ def on_cpu():
         yield
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        CHECKS.jit,
-        CHECKS.eager,
-        CHECKS.value_and_grad,
-        CHECKS.grad_without_lse,
-        CHECKS.grad_of_lse_alone,
-        CHECKS.vmap_over_other_axes,
-        CHECKS.vmap_out_axes,
-        CHECKS.nested_vmap,
-        CHECKS.vmap_of_vjp,
-        CHECKS.vmapped_dropout_equals_loop,
-        CHECKS.scan,
-        CHECKS.second_derivatives_are_refused,
-    ],
-    ids=lambda check: check.__name__,
-)
+@pytest.mark.parametrize("check", transforms.BASIC_CHECKS)
 def test_transform(check):
-    check()
+    getattr(CHECKS, check)()
 
 
-@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("subset", transforms.SUBSET_PARAMETERS)
 def test_vmap_of_grad(subset):
     CHECKS.vmap_of_grad(subset)
 
