@@ -10,7 +10,7 @@
 
 #include "ffi/handlers.h"
 #include "launchers/attention_spec.h"
-#include "launchers/sm80_tiles.h"
+#include "launchers/tile_override.h"
 #include "launchers/specialization.h"
 #include "runtime/compiler.h"
 #include "runtime/device.h"
@@ -80,11 +80,11 @@ StatusOr<Kernels> specialize(const std::string& operation, const AttentionSpec& 
                              const AttentionShape& shape, const launchers::Target& target) {
   if (operation == "forward") {
     JFA_ASSIGN_OR_RETURN(auto forward, launchers::specialize_forward(spec, shape, target));
-    return Kernels{launchers::describe(forward.tiles), {forward.main}};
+    return Kernels{forward.tiles, {forward.main}};
   }
   if (operation == "backward") {
     JFA_ASSIGN_OR_RETURN(auto backward, launchers::specialize_backward(spec, shape, target));
-    return Kernels{launchers::describe(backward.tiles),
+    return Kernels{backward.tiles,
                    {backward.preprocess, backward.main, backward.postprocess}};
   }
   return Status::invalid_argument("operation must be 'forward' or 'backward', got '" + operation +

@@ -98,12 +98,12 @@ Status run_backward(const BackwardCall& call, runtime::CUstream stream) {
   JFA_RETURN_IF_ERROR(launch(*plan->preprocess, specialization.preprocess,
                              params.padded_rows / jfa::kWorkspaceRowMultiple * query_heads, stream,
                              &params));
-  JFA_RETURN_IF_ERROR(launch(*plan->main, specialization.main,
-                             ceil_div(call.shape.seqlen_k, specialization.tiles.tile_k) *
-                                 call.shape.batch * call.shape.heads_k,
-                             stream, &params));
+  JFA_RETURN_IF_ERROR(launch(
+      *plan->main, specialization.main,
+      ceil_div(call.shape.seqlen_k, specialization.tile_k) * call.shape.batch * call.shape.heads_k,
+      stream, &params));
   return launch(*plan->postprocess, specialization.postprocess,
-                ceil_div(call.shape.seqlen_q, specialization.tiles.tile_q) * query_heads, stream,
+                ceil_div(call.shape.seqlen_q, specialization.tile_q) * query_heads, stream,
                 &params);
 }
 

@@ -1,6 +1,6 @@
 #include "launchers/plan_table.h"
 
-#include "launchers/sm80_tiles.h"
+#include "launchers/tile_override.h"
 
 namespace jax_flash_attn::launchers {
 

@@ -1,5 +1,5 @@
 // The tile table of the sm80 family: which tiles compute a call, by head dim, features and the
-// shared memory a CTA can have. This is the one place where tiles are decided.
+// shared memory a CTA can have.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@
 #include "launchers/target.h"
 #include "runtime/status.h"
 
-namespace jax_flash_attn::launchers {
+namespace jax_flash_attn::launchers::sm80 {
 
 struct ForwardTiles {
   int tile_q;
@@ -41,10 +41,8 @@ int forward_shared_bytes(const ForwardTiles& tiles, int head_dim);
 int backward_shared_bytes(const BackwardTiles& tiles, int head_dim);
 int backward_postprocess_shared_bytes(const BackwardTiles& tiles, int head_dim);
 
-// Replaces the table's choice in this process until it is called with an empty string: the numbers
-// of ForwardTiles or BackwardTiles in order, separated by commas. For tests and tuning.
-runtime::Status override_tiles(const std::string& operation, const std::string& tiles);
-// Grows with every override, so that whoever remembers a choice knows when it is out of date.
-int tiles_generation();
+// Tiles as explain() prints them.
+std::string describe(const ForwardTiles& tiles);
+std::string describe(const BackwardTiles& tiles);
 
-}  // namespace jax_flash_attn::launchers
+}  // namespace jax_flash_attn::launchers::sm80

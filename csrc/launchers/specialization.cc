@@ -2,6 +2,10 @@
 
 #include <cstdlib>
 
+#include "launchers/sm80_tiles.h"
+#include "launchers/sm90_tiles.h"
+#include "launchers/tile_override.h"
+
 namespace jax_flash_attn::launchers {
 namespace {
 
@@ -58,6 +62,75 @@ Status check_fits(int shared_bytes, const Target& target) {
                                   std::to_string(target.shared_bytes) + " for a CTA.");
 }
 
+StatusOr<ForwardSpecialization> sm80_forward(const AttentionSpec& spec, const AttentionShape& shape,
+                                             const Target& target,
+                                             const std::optional<TileOverride>& forced) {
+  const int head_dim = static_cast<int>(shape.head_dim);
+  sm80::ForwardTiles tiles{};
+  if (forced && !forced->numbers.empty()) {
+    const std::vector<int>& n = forced->numbers;
+    tiles = {n[0], n[1], n[2], n[3], n[4]};
+  } else {
+    JFA_ASSIGN_OR_RETURN(tiles, sm80::forward_tiles(spec, head_dim, target));
+  }
+  const int shared_bytes = sm80::forward_shared_bytes(tiles, head_dim);
+  JFA_RETURN_IF_ERROR(check_fits(shared_bytes, target));
+
+  std::string config;
+  element_constants(config, shape);
+  constant(config, "kTileQ", tiles.tile_q);
+  constant(config, "kTileK", tiles.tile_k);
+  constant(config, "kWarps", tiles.warps);
+  constant(config, "kScoreUnroll", tiles.score_unroll);
+  feature_constants(config, spec);
+  const std::string entry = "flash_forward_sm80";
+  const std::string source =
+      program("sm80/forward.cuh", config, tiles.warps * 32, tiles.ctas, entry, "ForwardParams",
+              "jfa::sm80::forward<Config>(params, shared)");
+  return ForwardSpecialization{
+      Family::kSm80,
+      sm80::describe(tiles),
+      tiles.tile_q,
+      tiles.tile_k,
+      {{source, target.architecture}, entry, tiles.warps * 32, shared_bytes}};
+}
+
+StatusOr<ForwardSpecialization> sm90_forward(const AttentionSpec& spec, const AttentionShape& shape,
+                                             const Target& target,
+                                             const std::optional<TileOverride>& forced) {
+  const int head_dim = static_cast<int>(shape.head_dim);
+  sm90::ForwardTiles tiles{};
+  if (forced && !forced->numbers.empty()) {
+    const std::vector<int>& n = forced->numbers;
+    tiles = {n[0], n[1], n[2], n[3], n[4], n[5]};
+  } else {
+    JFA_ASSIGN_OR_RETURN(tiles, sm90::forward_tiles(spec, head_dim, target));
+  }
+  const int shared_bytes = sm90::forward_shared_bytes(tiles, head_dim);
+  JFA_RETURN_IF_ERROR(check_fits(shared_bytes, target));
+
+  std::string config;
+  element_constants(config, shape);
+  constant(config, "kTileQ", tiles.tile_q);
+  constant(config, "kTileK", tiles.tile_k);
+  constant(config, "kQueryStages", tiles.query_stages);
+  constant(config, "kKeyStages", tiles.key_stages);
+  constant(config, "kValueStages", tiles.value_stages);
+  constant(config, "kProbBuffers", tiles.prob_buffers);
+  feature_constants(config, spec);
+  const std::string entry = "flash_forward_sm90";
+  const int threads = sm90::forward_threads(tiles);
+  const std::string source =
+      program("sm90/forward.cuh", config, threads, 1, entry, "Sm90ForwardParams",
+              "jfa::sm90::forward<Config>(params, shared)");
+  // wgmma and setmaxnreg are in the instruction set of this one architecture, marked by the a.
+  return ForwardSpecialization{Family::kSm90,
+                               sm90::describe(tiles),
+                               tiles.tile_q,
+                               tiles.tile_k,
+                               {{source, "sm_90a"}, entry, threads, shared_bytes}};
+}
+
 }  // namespace
 
 StatusOr<Target> device_target(int compute_capability, int shared_bytes) {
@@ -100,24 +173,16 @@ StatusOr<ForwardSpecialization> specialize_forward(const AttentionSpec& spec,
                                                    const AttentionShape& shape,
                                                    const Target& target) {
   JFA_RETURN_IF_ERROR(check_head_dim(shape));
-  const int head_dim = static_cast<int>(shape.head_dim);
-  JFA_ASSIGN_OR_RETURN(const ForwardTiles tiles, forward_tiles(spec, head_dim, target));
-  const int shared_bytes = forward_shared_bytes(tiles, head_dim);
-  JFA_RETURN_IF_ERROR(check_fits(shared_bytes, target));
-
-  std::string config;
-  element_constants(config, shape);
-  constant(config, "kTileQ", tiles.tile_q);
-  constant(config, "kTileK", tiles.tile_k);
-  constant(config, "kWarps", tiles.warps);
-  constant(config, "kScoreUnroll", tiles.score_unroll);
-  feature_constants(config, spec);
-  const std::string entry = "flash_forward_sm80";
-  const std::string source =
-      program("sm80/forward.cuh", config, tiles.warps * 32, tiles.ctas, entry, "ForwardParams",
-              "jfa::sm80::forward<Config>(params, shared)");
-  return ForwardSpecialization{
-      tiles, {{source, target.architecture}, entry, tiles.warps * 32, shared_bytes}};
+  const std::optional<TileOverride> forced = forward_override();
+  const bool is_hopper = target.architecture == "sm_90";
+  if (forced ? forced->family == "sm90" : is_hopper) {
+    if (!is_hopper) {
+      return Status::unimplemented("The sm90 family runs on compute capability 9.0 alone, not on " +
+                                   target.architecture + ".");
+    }
+    return sm90_forward(spec, shape, target, forced);
+  }
+  return sm80_forward(spec, shape, target, forced);
 }
 
 StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
@@ -125,8 +190,15 @@ StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
                                                      const Target& target) {
   JFA_RETURN_IF_ERROR(check_head_dim(shape));
   const int head_dim = static_cast<int>(shape.head_dim);
-  JFA_ASSIGN_OR_RETURN(const BackwardTiles tiles, backward_tiles(spec, head_dim, target));
-  const int shared_bytes = backward_shared_bytes(tiles, head_dim);
+  const std::optional<TileOverride> forced = backward_override();
+  sm80::BackwardTiles tiles{};
+  if (forced && !forced->numbers.empty()) {
+    const std::vector<int>& n = forced->numbers;
+    tiles = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8]};
+  } else {
+    JFA_ASSIGN_OR_RETURN(tiles, sm80::backward_tiles(spec, head_dim, target));
+  }
+  const int shared_bytes = sm80::backward_shared_bytes(tiles, head_dim);
   JFA_RETURN_IF_ERROR(check_fits(shared_bytes, target));
 
   std::string element;
@@ -158,24 +230,15 @@ StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
       program("sm80/backward.cuh", layout, tiles.warps * 32, tiles.ctas, entry, "BackwardParams",
               "jfa::sm80::backward<Config>(params, shared)");
   return BackwardSpecialization{
-      tiles,
+      sm80::describe(tiles),
+      tiles.tile_q,
+      tiles.tile_k,
       {{preprocess, target.architecture}, preprocess_entry, kPreprocessThreads, 0},
       {{source, target.architecture}, entry, tiles.warps * 32, shared_bytes},
       {{postprocess, target.architecture},
        postprocess_entry,
        tiles.warps * 32,
-       backward_postprocess_shared_bytes(tiles, head_dim)}};
-}
-
-std::string describe(const ForwardTiles& tiles) {
-  return "sm80 " + std::to_string(tiles.tile_q) + "x" + std::to_string(tiles.tile_k) + ", " +
-         std::to_string(tiles.warps) + " warps";
-}
-
-std::string describe(const BackwardTiles& tiles) {
-  return "sm80 " + std::to_string(tiles.tile_q) + "x" + std::to_string(tiles.tile_k) + ", " +
-         std::to_string(tiles.warps) + " warps, " + std::to_string(tiles.stages) +
-         (tiles.stages == 1 ? " stage" : " stages");
+       sm80::backward_postprocess_shared_bytes(tiles, head_dim)}};
 }
 
 }  // namespace jax_flash_attn::launchers

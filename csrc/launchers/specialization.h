@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "launchers/attention_spec.h"
-#include "launchers/sm80_tiles.h"
 #include "launchers/target.h"
 #include "runtime/compiler.h"
 #include "runtime/status.h"
@@ -21,13 +20,20 @@ struct KernelSpecialization {
   int shared_bytes;
 };
 
+enum class Family { kSm80, kSm90 };
+
 struct ForwardSpecialization {
-  ForwardTiles tiles;
+  Family family;
+  std::string tiles;  // as explain() prints them
+  int tile_q;
+  int tile_k;
   KernelSpecialization main;
 };
 
 struct BackwardSpecialization {
-  BackwardTiles tiles;
+  std::string tiles;
+  int tile_q;
+  int tile_k;
   KernelSpecialization preprocess;
   KernelSpecialization main;
   KernelSpecialization postprocess;
@@ -45,9 +51,5 @@ runtime::StatusOr<ForwardSpecialization> specialize_forward(const AttentionSpec&
 runtime::StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
                                                               const AttentionShape& shape,
                                                               const Target& target);
-
-// Tiles as explain() prints them.
-std::string describe(const ForwardTiles& tiles);
-std::string describe(const BackwardTiles& tiles);
 
 }  // namespace jax_flash_attn::launchers

@@ -51,6 +51,16 @@ enum CUlaunchAttributeID : int {
   CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
 };
 
+enum CUtensorMapDataType : int { CU_TENSOR_MAP_DATA_TYPE_UINT16 = 1 };
+enum CUtensorMapInterleave : int { CU_TENSOR_MAP_INTERLEAVE_NONE = 0 };
+enum CUtensorMapSwizzle : int { CU_TENSOR_MAP_SWIZZLE_128B = 3 };
+enum CUtensorMapL2promotion : int { CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3 };
+enum CUtensorMapFloatOOBfill : int { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0 };  // zeros
+
+struct alignas(64) CUtensorMap {
+  std::uint64_t opaque[16];
+};
+
 union CUlaunchAttributeValue {
   char pad[64];
   struct {
@@ -116,6 +126,14 @@ struct DriverApi {
   CUresult (*cuOccupancyMaxActiveBlocksPerMultiprocessor)(int* num_ctas, CUfunction function,
                                                           int threads_per_cta,
                                                           std::size_t dynamic_shared_bytes);
+
+  CUresult (*cuTensorMapEncodeTiled)(CUtensorMap* map, CUtensorMapDataType type, std::uint32_t rank,
+                                     void* address, const std::uint64_t* dims,
+                                     const std::uint64_t* strides, const std::uint32_t* box,
+                                     const std::uint32_t* element_strides,
+                                     CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                     CUtensorMapL2promotion promotion,
+                                     CUtensorMapFloatOOBfill out_of_bounds);
 
   CUresult (*cuMemsetD8Async)(CUdeviceptr address, unsigned char value, std::size_t count,
                               CUstream stream);

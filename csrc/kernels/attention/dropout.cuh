@@ -44,6 +44,21 @@ struct Dropout {
     for (int i = 0; i < 4; ++i) kept[i] = words[i] >= threshold;
   }
 
+  // Calls visit(side, i, kept) for the elements i of the two accumulators (m, 2 * pair + side).
+  template <class Layout, class Visit>
+  __device__ __forceinline__ void for_pair(const Layout& layout, int m, int pair,
+                                           Visit visit) const {
+#pragma unroll
+    for (int column = 0; column < 2; ++column) {
+      bool kept[4];
+      keep(kept, layout.query(m, 0), layout.key(2 * pair, column));
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int side = 0; side < 2; ++side) visit(side, 2 * half + column, kept[2 * half + side]);
+    }
+  }
+
   // Calls visit(m, n, i, kept) for every element of a score accumulator.
   template <class Acc, class Layout, class Visit>
   __device__ __forceinline__ void for_each(const Layout& layout, Visit visit) const {
@@ -51,16 +66,8 @@ struct Dropout {
     for (int m = 0; m < Acc::kRowTiles; ++m)
 #pragma unroll
       for (int pair = 0; pair < Acc::kColumnPairs; ++pair)
-#pragma unroll
-        for (int column = 0; column < 2; ++column) {
-          bool kept[4];
-          keep(kept, layout.query(m, 0), layout.key(2 * pair, column));
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int right = 0; right < 2; ++right)
-              visit(m, 2 * pair + right, 2 * half + column, kept[2 * half + right]);
-        }
+        for_pair(layout, m, pair,
+                 [&](int side, int i, bool kept) { visit(m, 2 * pair + side, i, kept); });
   }
 
  private:

@@ -55,10 +55,11 @@ struct VisibleRange {
     return {begin / Config::kTileQ, (end + Config::kTileQ - 1) / Config::kTileQ};
   }
 
-  // Whether some score of the tile is hidden from a query that exists.
+  // Whether some score of a tile of kRows queries is hidden.
+  template <int kRows = Config::kTileQ>
   __device__ __forceinline__ bool cuts(int first_query, int first_key) const {
     const int last_key = first_key + Config::kTileK - 1;
-    const int last_query = first_query + Config::kTileQ - 1;
+    const int last_query = first_query + kRows - 1;
     return last_key >= seqlen_k ||
            (Config::kWindowed && (last_key > first_query + right || first_key < last_query + left));
   }

@@ -1,7 +1,8 @@
-// Arguments of the forward kernel.
+// Arguments of the forward kernels.
 #pragma once
 
 #include <params/attention_params.h>
+#include <params/tensor_map.h>
 
 namespace jfa {
 
@@ -9,6 +10,18 @@ struct ForwardParams {
   AttentionParams attention;
   TensorView out;
   float* lse;  // (batch, heads, seqlen_q), natural log
+};
+
+// What the sm90 kernel is given on top: the same tensors for the copy engine, and how its
+// persistent CTAs share the query tiles out.
+struct Sm90ForwardParams {
+  TensorMap q;  // boxes of 64 columns x kTileQ rows
+  TensorMap k;  // 64 columns x kTileK rows
+  TensorMap v;
+  TensorMap out;  // 64 columns x 16 rows
+  ForwardParams forward;
+  int query_tiles;    // of one head
+  int section_heads;  // (batch, head) pairs whose tiles are sorted by length together
 };
 
 }  // namespace jfa

@@ -55,15 +55,6 @@ __device__ __forceinline__ attention::GridPlace query_tile_place(const Attention
   return place;
 }
 
-// Drops probabilities after their row sums are taken; the scale 1 / (1 - p) is applied to out.
-template <class Config, class Scores, class Layout>
-__device__ __forceinline__ void drop_probs(Scores& probs, const attention::Dropout& dropout,
-                                           const Layout& layout) {
-  dropout.for_each<Scores>(layout, [&](int m, int n, int i, bool kept) {
-    if (!kept) probs.values[m][n][i] = 0.0f;
-  });
-}
-
 // out rows, rounded and staged in the query tile's memory (each warp in its own rows), and lse.
 template <class Config, class Out>
 __device__ __forceinline__ void write_rows(const ForwardParams& params, unsigned char* staging,
@@ -173,8 +164,11 @@ __device__ __forceinline__ void forward(const ForwardParams& params, unsigned ch
     }
     softmax.update(scores, out, transform.exponent_scale);
     if constexpr (Config::kDropout) {
-      const attention::Dropout dropout(attention, place.batch, place.head);
-      drop_probs<Config>(scores, dropout, layout);
+      // After the row sums are taken; the scale 1 / (1 - p) is applied to out.
+      attention::Dropout(attention, place.batch, place.head)
+          .template for_each<typename Shapes::Scores>(layout, [&](int m, int n, int i, bool kept) {
+            if (!kept) scores.values[m][n][i] = 0.0f;
+          });
     }
     typename Shapes::Probs probs;
     probs.template pack<Element>(scores);

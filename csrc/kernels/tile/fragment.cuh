@@ -69,14 +69,18 @@ struct RegisterOperand {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        const auto& left = source.values[m][2 * k];
-        const auto& right = source.values[m][2 * k + 1];
-        words[m][k][0] = Element::pack(left[0], left[1]);
-        words[m][k][1] = Element::pack(left[2], left[3]);
-        words[m][k][2] = Element::pack(right[0], right[1]);
-        words[m][k][3] = Element::pack(right[2], right[3]);
-      }
+      for (int k = 0; k < kSteps; ++k)
+        pack_step<Element>(m, k, source.values[m][2 * k], source.values[m][2 * k + 1]);
+  }
+
+  // Two column tiles of an accumulator, side by side, are one step.
+  template <class Element>
+  __device__ __forceinline__ void pack_step(int row_tile, int step, const float (&left)[4],
+                                            const float (&right)[4]) {
+    words[row_tile][step][0] = Element::pack(left[0], left[1]);
+    words[row_tile][step][1] = Element::pack(left[2], left[3]);
+    words[row_tile][step][2] = Element::pack(right[0], right[1]);
+    words[row_tile][step][3] = Element::pack(right[2], right[3]);
   }
 
   __device__ __forceinline__ void load(unsigned (&out)[4], int row_tile, int step) const {

@@ -1,0 +1,60 @@
+// Copies of boxes of a tensor between global and shared memory by the copy engine (PTX ISA
+// 9.7.9.27, sm_90). What lies outside the tensor is read as zeros and not written.
+#pragma once
+
+#include <params/tensor_map.h>
+
+namespace jfa::ptx {
+
+// How long a copy's lines should stay in L2, as createpolicy encodes it for the whole access.
+constexpr unsigned long long kEvictFirst = 0x12F0000000000000ull;
+constexpr unsigned long long kEvictLast = 0x14F0000000000000ull;
+
+__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Starts the copy of a box to shared memory; its bytes count towards the barrier's phase.
+// Threads: one.
+__device__ __forceinline__ void tma_load(unsigned shared, const TensorMap& map, unsigned barrier,
+                                         unsigned long long cache_policy, int column, int row,
+                                         int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(shared),
+      "l"(&map), "r"(barrier), "l"(cache_policy), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+// Starts the copy of a box to global memory as part of this thread's open bulk group.
+// Threads: one. Needs: the writers' fence_async_proxy() and a barrier before it.
+__device__ __forceinline__ void tma_store(const TensorMap& map, unsigned shared, int column,
+                                          int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          &map),
+      "r"(shared), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until this thread's bulk groups have read their shared memory, which may then be reused.
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Waits until this thread's bulk groups are complete.
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// Orders this thread's stores to shared memory before later reads of it by the copy engine and by
+// wgmma.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+}  // namespace jfa::ptx

@@ -1,0 +1,80 @@
+// How wgmma finds the elements of a SharedTile: matrix descriptors (PTX ISA 9.7.15.5.1), and the
+// products of whole tiles.
+//
+// All tiles have the swizzle of 128-byte rows, eight rows to an atom of 1024 bytes, and start on a
+// multiple of 1024 bytes, so that of a descriptor only the start address changes from step to step,
+// by a constant.
+#pragma once
+
+#include <ptx/wgmma.cuh>
+#include <tile/fragment.cuh>
+#include <tile/shared_tile.cuh>
+
+namespace jfa::tile {
+
+// Upper word: 128-byte swizzle, and 1024 bytes from one group of eight rows to the next.
+constexpr unsigned kDescriptorHigh = (1u << 30) | (1024 >> 4);
+
+// A SharedTile as an operand whose rows run along M or N, and whose columns are summed over.
+template <class Tile>
+struct RowDescriptor {
+  unsigned low;
+
+  // first_row: a multiple of 8.
+  __device__ __forceinline__ RowDescriptor(unsigned tile, int first_row)
+      : low(((tile + first_row * kPanelRowBytes) >> 4) | (1u << 16)) {}
+
+  // Columns 16 * step to 16 * step + 15 of the tile `offset` bytes further.
+  __device__ __forceinline__ unsigned long long at(unsigned offset, int step) const {
+    const unsigned step_bytes = step / 4 * Tile::kPanelBytes + step % 4 * 32;
+    return (static_cast<unsigned long long>(kDescriptorHigh) << 32) |
+           (low + ((offset + step_bytes) >> 4));
+  }
+};
+
+// A SharedTile as an operand whose rows are summed over, and whose columns run along M or N.
+template <class Tile>
+struct ColumnDescriptor {
+  unsigned low;
+
+  __device__ __forceinline__ explicit ColumnDescriptor(unsigned tile)
+      : low((tile >> 4) | ((Tile::kPanelBytes >> 4) << 16)) {}
+
+  // Rows 16 * step to 16 * step + 15 of the tile `offset` bytes further.
+  __device__ __forceinline__ unsigned long long at(unsigned offset, int step) const {
+    return (static_cast<unsigned long long>(kDescriptorHigh) << 32) |
+           (low + ((offset + step * 16 * kPanelRowBytes) >> 4));
+  }
+};
+
+// Starts acc = A * B^T, over the first 16 * kSteps columns of both tiles, as one batch.
+// Threads: a whole warpgroup, warp-uniform arguments.
+template <class Element, int kSteps, class Acc, class TileA, class TileB>
+__device__ __forceinline__ void start_row_product(Acc& acc, const RowDescriptor<TileA>& a,
+                                                  unsigned a_offset, const RowDescriptor<TileB>& b,
+                                                  unsigned b_offset) {
+  static_assert(Acc::kRowTiles == 1, "a warp of a warpgroup holds one 16-row block");
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+    ptx::Wgmma<Element, Acc::kColumnTiles * 8>::template multiply<false>(
+        acc.values[0], a.at(a_offset, step), b.at(b_offset, step), step > 0);
+  ptx::wgmma_commit();
+}
+
+// Starts acc += A * B with A in registers, over the first 16 * kSteps rows of B, as one batch.
+// Threads: a whole warpgroup, warp-uniform arguments.
+template <class Element, int kSteps, class Acc, class TileB>
+__device__ __forceinline__ void start_register_product(Acc& acc,
+                                                       const RegisterOperand<1, kSteps>& a,
+                                                       const ColumnDescriptor<TileB>& b,
+                                                       unsigned b_offset) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+    ptx::Wgmma<Element, Acc::kColumnTiles * 8>::template multiply<true>(
+        acc.values[0], a.words[0][step], b.at(b_offset, step), 1);
+  ptx::wgmma_commit();
+}
+
+}  // namespace jfa::tile

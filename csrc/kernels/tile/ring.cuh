@@ -1,0 +1,60 @@
+// A ring of shared memory stages between threads that fill and threads that use them.
+#pragma once
+
+#include <ptx/mbarrier.cuh>
+
+namespace jfa::tile {
+
+// Where one role stands in a ring. Roles that start with an equal position and advance equally
+// agree on every stage without talking.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  unsigned round = 0;  // parity of the number of times around
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      round ^= 1;
+    }
+  }
+};
+
+// The two barriers of each stage: `full` completes when a stage is filled, `empty` when all its
+// users have let go of it.
+template <int kStages>
+struct Ring {
+  unsigned barriers;  // shared address; kStages full ones, then kStages empty ones
+
+  static constexpr int kBytes = 2 * kStages * 8;
+
+  __device__ __forceinline__ unsigned full(int stage) const { return barriers + stage * 8; }
+  __device__ __forceinline__ unsigned empty(int stage) const {
+    return barriers + (kStages + stage) * 8;
+  }
+
+  // Threads: one, before a CTA barrier.
+  __device__ __forceinline__ void init(int users) const {
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(full(stage), 1);
+      ptx::mbarrier_init(empty(stage), users);
+    }
+  }
+
+  // For the filling thread: waits until the stage is free and announces what will arrive. The
+  // first round finds every stage free.
+  __device__ __forceinline__ void begin_fill(const RingPosition<kStages>& at, int bytes) const {
+    ptx::mbarrier_wait(empty(at.stage), at.round ^ 1);
+    ptx::mbarrier_arrive_expect(full(at.stage), bytes);
+  }
+
+  __device__ __forceinline__ void wait_full(const RingPosition<kStages>& at) const {
+    ptx::mbarrier_wait(full(at.stage), at.round);
+  }
+
+  // Threads: one of each user.
+  __device__ __forceinline__ void release(int stage) const { ptx::mbarrier_arrive(empty(stage)); }
+};
+
+}  // namespace jfa::tile

@@ -1,0 +1,58 @@
+#include "launchers/sm90_tiles.h"
+
+#include "launchers/tile_table.h"
+
+namespace jax_flash_attn::launchers::sm90 {
+namespace {
+
+using runtime::Status;
+using runtime::StatusOr;
+
+struct Row {
+  int max_head_dim;
+  Features features;
+  ForwardTiles tiles;
+};
+
+// Rows are tried from the top; the first that serves the head dim and the features is taken.
+//                                tile_q  tile_k  query, key, value stages  prob_buffers
+constexpr Row kForward[] = {
+    {64, Features::kAny, {192, 128, 2, 2, 2, 1}},
+    {96, Features::kAny, {192, 96, 2, 2, 2, 1}},
+    {128, Features::kPlain, {128, 128, 2, 2, 2, 2}},
+    {128, Features::kAny, {128, 128, 2, 2, 2, 1}},
+    {192, Features::kPlain, {128, 112, 1, 2, 2, 1}},
+    {192, Features::kAny, {128, 64, 1, 2, 2, 1}},
+    {kAnyHeadDim, Features::kPlain, {128, 80, 1, 2, 2, 1}},
+    {kAnyHeadDim, Features::kAny, {128, 48, 1, 2, 2, 1}},
+};
+
+}  // namespace
+
+StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, int head_dim,
+                                     const Target& target) {
+  for (const Row& row : kForward) {
+    if (head_dim <= row.max_head_dim && serves(row.features, spec) &&
+        forward_shared_bytes(row.tiles, head_dim) <= target.shared_bytes)
+      return row.tiles;
+  }
+  return Status::unimplemented("No tiles of the sm90 family serve head_dim " +
+                               std::to_string(head_dim) + " in " +
+                               std::to_string(target.shared_bytes) + " bytes of shared memory.");
+}
+
+int forward_shared_bytes(const ForwardTiles& tiles, int head_dim) {
+  const int barriers = 2 * 8 * (tiles.query_stages + tiles.key_stages + tiles.value_stages);
+  return tiles.query_stages * tile_bytes(tiles.tile_q, head_dim) +
+         (tiles.key_stages + tiles.value_stages) * tile_bytes(tiles.tile_k, head_dim) + barriers;
+}
+
+int forward_threads(const ForwardTiles& tiles) { return (tiles.tile_q / 64 + 1) * 128; }
+
+std::string describe(const ForwardTiles& tiles) {
+  return "sm90 " + std::to_string(tiles.tile_q) + "x" + std::to_string(tiles.tile_k) + ", " +
+         std::to_string(tiles.tile_q / 64) + " consumers, " + std::to_string(tiles.key_stages) +
+         " + " + std::to_string(tiles.value_stages) + " stages";
+}
+
+}  // namespace jax_flash_attn::launchers::sm90

@@ -1,0 +1,31 @@
+// The tile table of the sm90 family: which tiles compute a call on Hopper.
+#pragma once
+
+#include <string>
+
+#include "launchers/attention_spec.h"
+#include "launchers/target.h"
+#include "runtime/status.h"
+
+namespace jax_flash_attn::launchers::sm90 {
+
+struct ForwardTiles {
+  int tile_q;  // 64 for each consumer warpgroup
+  int tile_k;
+  int query_stages;
+  int key_stages;
+  int value_stages;
+  int prob_buffers;  // 2: p v of a key tile runs beside the softmax of the next
+};
+
+// kUnimplemented where no row serves.
+runtime::StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, int head_dim,
+                                              const Target& target);
+
+// Dynamic shared memory and threads of the kernel built from these tiles (sm90/forward.cuh).
+int forward_shared_bytes(const ForwardTiles& tiles, int head_dim);
+int forward_threads(const ForwardTiles& tiles);
+
+std::string describe(const ForwardTiles& tiles);
+
+}  // namespace jax_flash_attn::launchers::sm90

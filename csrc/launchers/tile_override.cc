@@ -1,0 +1,106 @@
+#include "launchers/tile_override.h"
+
+#include <atomic>
+#include <charconv>
+#include <mutex>
+
+#include "launchers/sm80_tiles.h"
+#include "launchers/sm90_tiles.h"
+
+namespace jax_flash_attn::launchers {
+namespace {
+
+using runtime::Status;
+using runtime::StatusOr;
+
+// Every field of a Tiles struct is an int.
+template <typename Tiles>
+constexpr std::size_t kNumbers = sizeof(Tiles) / sizeof(int);
+
+struct Overridable {
+  const char* operation;
+  const char* family;
+  std::size_t numbers;
+};
+constexpr Overridable kOverridable[] = {
+    {"forward", "sm80", kNumbers<sm80::ForwardTiles>},
+    {"backward", "sm80", kNumbers<sm80::BackwardTiles>},
+    {"forward", "sm90", kNumbers<sm90::ForwardTiles>},
+};
+
+struct Overrides {
+  std::mutex mutex;
+  std::optional<TileOverride> forward;
+  std::optional<TileOverride> backward;
+  std::atomic<int> generation{0};
+};
+
+// Leaked on purpose: other threads may still launch while the process ends.
+Overrides& overrides() {
+  static Overrides* const instance = new Overrides;
+  return *instance;
+}
+
+StatusOr<std::vector<int>> parse_numbers(const std::string& text, std::size_t count) {
+  std::vector<int> numbers(count);
+  const char* next = text.data();
+  const char* const end = next + text.size();
+  for (std::size_t i = 0; i < count; ++i) {
+    if (i > 0 && next != end && *next == ',') ++next;
+    const auto parsed = std::from_chars(next, end, numbers[i]);
+    next = parsed.ptr;
+    if (parsed.ec != std::errc() || numbers[i] <= 0 || (i + 1 == count && next != end)) {
+      return Status::invalid_argument("tiles must be " + std::to_string(count) +
+                                      " positive numbers separated by commas, got '" + text + "'.");
+    }
+  }
+  return numbers;
+}
+
+StatusOr<TileOverride> parse(const std::string& operation, const std::string& text) {
+  const std::size_t colon = text.find(':');
+  TileOverride result{text.substr(0, colon), {}};
+  for (const Overridable& choice : kOverridable) {
+    if (operation != choice.operation || result.family != choice.family) continue;
+    if (colon != std::string::npos) {
+      JFA_ASSIGN_OR_RETURN(result.numbers, parse_numbers(text.substr(colon + 1), choice.numbers));
+    }
+    return result;
+  }
+  return Status::invalid_argument("tiles must be a kernel family that has the " + operation +
+                                  ", such as 'sm80', and may name its numbers behind a colon; got "
+                                  "'" +
+                                  text + "'.");
+}
+
+}  // namespace
+
+Status override_tiles(const std::string& operation, const std::string& text) {
+  if (operation != "forward" && operation != "backward") {
+    return Status::invalid_argument("operation must be 'forward' or 'backward', got '" + operation +
+                                    "'.");
+  }
+  std::optional<TileOverride> parsed;
+  if (!text.empty()) {
+    JFA_ASSIGN_OR_RETURN(parsed, parse(operation, text));
+  }
+  Overrides& state = overrides();
+  std::lock_guard<std::mutex> lock(state.mutex);
+  (operation == "forward" ? state.forward : state.backward) = std::move(parsed);
+  state.generation.fetch_add(1);
+  return Status();
+}
+
+std::optional<TileOverride> forward_override() {
+  std::lock_guard<std::mutex> lock(overrides().mutex);
+  return overrides().forward;
+}
+
+std::optional<TileOverride> backward_override() {
+  std::lock_guard<std::mutex> lock(overrides().mutex);
+  return overrides().backward;
+}
+
+int tiles_generation() { return overrides().generation.load(std::memory_order_relaxed); }
+
+}  // namespace jax_flash_attn::launchers

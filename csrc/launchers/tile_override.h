@@ -1,0 +1,25 @@
+// A kernel family and tiles forced by tests and tuning in place of the tables' choice.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "runtime/status.h"
+
+namespace jax_flash_attn::launchers {
+
+struct TileOverride {
+  std::string family;        // "sm80" or "sm90"
+  std::vector<int> numbers;  // of the family's Tiles struct, in order; empty: the table's choice
+};
+
+// Forces "forward" or "backward" to `text` in this process until it is called with an empty one:
+// a family ("sm80"), or a family and its tiles ("sm80:128,64,4,4,2").
+runtime::Status override_tiles(const std::string& operation, const std::string& text);
+std::optional<TileOverride> forward_override();
+std::optional<TileOverride> backward_override();
+// Grows with every override, so that whoever remembers a choice knows when it is out of date.
+int tiles_generation();
+
+}  // namespace jax_flash_attn::launchers
