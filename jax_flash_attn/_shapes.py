@@ -90,13 +90,14 @@ def pack(
 def workspace(
     dims: Dimensions, deterministic: bool
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The extra results of the backward call: dq sums, row statistics, turns."""
+    """The extra results of the backward call: dq sums, row statistics, marks, turns."""
     rows = _round_up(dims.seqlen_q, WORKSPACE_ROW_MULTIPLE)
     columns = _round_up(dims.head_dim, WORKSPACE_COLUMN_MULTIPLE)
     heads = (dims.batch, dims.heads)
     arrays = [
         jax.ShapeDtypeStruct((*heads, rows, columns), jnp.float32),
         jax.ShapeDtypeStruct((2, *heads, rows), jnp.float32),
+        jax.ShapeDtypeStruct(heads, jnp.int32),
     ]
     if deterministic:
         turns = (*heads, rows // SMALLEST_QUERY_TILE)

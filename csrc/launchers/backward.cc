@@ -69,6 +69,7 @@ jfa::BackwardParams backward_params(const BackwardCall& call) {
   params.dq_accum = call.dq_accum;
   params.lse_log2 = call.statistics;
   params.delta = call.statistics + call.shape.batch * call.shape.heads * params.padded_rows;
+  params.spoilt = call.spoilt;
   params.turns = call.turns;
   return params;
 }

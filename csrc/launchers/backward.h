@@ -21,6 +21,7 @@ struct BackwardCall {
   // Workspace, see jax_flash_attn/_shapes.py.
   float* dq_accum;
   float* statistics;
+  int* spoilt;
   int* turns;  // null unless deterministic
 };
 

@@ -218,12 +218,12 @@ StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
   constant(layout, "kQueryRowWarps", tiles.query_row_warps);
   constant(layout, "kStages", tiles.stages);
   constant(layout, "kScoreUnroll", tiles.score_unroll);
+  feature_constants(layout, spec);
   const std::string postprocess_entry = "flash_backward_postprocess_sm80";
   const std::string postprocess =
       program("sm80/backward.cuh", layout, tiles.warps * 32, 1, postprocess_entry, "BackwardParams",
               "jfa::sm80::backward_postprocess<Config>(params, shared)");
 
-  feature_constants(layout, spec);
   constant(layout, "kDeterministic", spec.deterministic);
   const std::string entry = "flash_backward_sm80";
   const std::string source =

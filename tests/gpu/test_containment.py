@@ -1,82 +1,44 @@
 """NaN and infinity stay in the rows, heads and batch entries that they belong to."""
 
-import dataclasses
+import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support import calls, cases, closeness, inputs, oracle
+from tests.support import containment, inputs, oracle
 
 pytestmark = pytest.mark.gpu
 
-CASE = dataclasses.replace(
-    cases.BY_NAME["fully_masked_rows"],
-    seqlen_q=220,
-    seqlen_k=170,
-    heads=4,
-    heads_k=2,
-    head_dim=40,
-    window_size=(60, -1),
-)
+CASE = containment.CASES[0]
 """Rows without keys, tiles cut on both sides, a head dim padded in the kernel."""
 
 OPERANDS = ("q", "k", "v", "dout", "dlse")
 
 
 @pytest.fixture(scope="module")
-def visible():
-    aligned = np.arange(CASE.seqlen_q)[:, None] + CASE.seqlen_k - CASE.seqlen_q
-    j = np.arange(CASE.seqlen_k)
-    return (j >= aligned - 60) & (j <= aligned)
+def run_case():
+    @functools.cache
+    def of_case(case):
+        return containment.runner(case, implementation="cuda", deterministic=True)
 
-
-@pytest.fixture(scope="module")
-def run():
-    attend = calls.attention(CASE, implementation="cuda", deterministic=True)
-    return jax.jit(calls.with_gradients(attend))
+    return of_case
 
 
 @pytest.fixture(scope="module")
 def right():
-    return oracle.expected(CASE)
+    return functools.cache(oracle.expected)
 
 
-def assert_rows_right(results, right, rows):
-    for name, axis in (("out", 1), ("lse", 2)):
-        closeness.assert_close_to_oracle(
-            *(np.compress(rows, x, axis) for x in (results[name], *right[name])),
-            what=name,
-        )
+@pytest.fixture(scope="module")
+def run(run_case):
+    return run_case(CASE)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=["nan", "inf", "-inf"])
-@pytest.mark.parametrize("row", [0, 70, 219])
-def test_row_of_q(run, right, visible, row, value):
-    arrays = inputs.make(CASE)
-    arrays["q"] = arrays["q"].at[:, row].set(value)
-    results = run(arrays)
-    rows = np.arange(CASE.seqlen_q) == row
-    assert_rows_right(results, right, ~rows)
-    if visible[row].any() and np.isnan(value):
-        assert np.isnan(np.asarray(results["out"], np.float32)[:, row]).all()
-        assert np.isnan(np.asarray(results["lse"])[..., row]).all()
-    if not visible[row].any():
-        assert not np.asarray(results["out"], np.float32)[:, row].any()
-        assert np.isneginf(np.asarray(results["lse"])[..., row]).all()
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=["nan", "inf", "-inf"])
-@pytest.mark.parametrize("row", [0, 70, 169])
-def test_row_of_k(run, right, visible, row, value):
-    arrays = inputs.make(CASE)
-    arrays["k"] = arrays["k"].at[:, row].set(value)
-    results = run(arrays)
-    assert_rows_right(results, right, ~visible[:, row])
-    if np.isnan(value):
-        out = np.asarray(results["out"], np.float32)
-        assert np.isnan(out[:, visible[:, row]]).all()
+@pytest.mark.parametrize(("case", "operand", "row", "value"), containment.PARAMS)
+def test_row(run_case, right, case, operand, row, value):
+    results = containment.results_with(run_case(case), case, operand, row, value)
+    containment.check(results, right(case), case, operand, row)
 
 
 def poisoned(arrays, select):

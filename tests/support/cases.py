@@ -187,7 +187,7 @@ def _random_case(rng, name):
     )
     # A lone key has the score gradient dprobs - delta = 0. With dropout, delta carries
     # the rounding of out, and the plain computation nothing to compare that with.
-    if _most_visible_keys(case) <= 1:
+    if visible(case).sum(axis=1).max(initial=0) <= 1:
         case = dataclasses.replace(case, dropout_p=0.0)
     return case
 
@@ -196,14 +196,15 @@ def _random_limit(rng):
     return -1 if rng.integers(2) else int(rng.integers(0, 300))
 
 
-def _most_visible_keys(case):
+def visible(case):
+    """Returns which keys a case's queries see; (Sq, Sk)."""
     left, right = case.window_size
     right = 0 if case.causal else right
     offset = np.arange(case.seqlen_k) - np.arange(case.seqlen_q)[:, None]
     offset -= case.seqlen_k - case.seqlen_q
-    visible = np.full(offset.shape, True)
+    seen = np.full(offset.shape, True)
     if left >= 0:
-        visible &= offset >= -left
+        seen &= offset >= -left
     if right >= 0:
-        visible &= offset <= right
-    return visible.sum(axis=1).max(initial=0)
+        seen &= offset <= right
+    return seen

@@ -22,8 +22,8 @@ struct Dropout {
     key[1] = words.y;
   }
 
-  // keep[2 * a + b] tells whether (query + 8 * a, key + 8 * b) is kept.
-  // Needs: query % 16 < 8 and key % 16 < 8.
+  // kept[2 * a + b] tells whether the element in half a of a block's rows and half b of its columns
+  // is kept; (query, key) may be any of the four.
   __device__ __forceinline__ void keep(bool (&kept)[4], int query, int key_index) const {
     unsigned words[4] = {block_index(query), block_index(key_index), 0u, 0u};
     unsigned round_key[2] = {key[0], key[1]};
@@ -57,6 +57,13 @@ struct Dropout {
 #pragma unroll
         for (int side = 0; side < 2; ++side) visit(side, 2 * half + column, kept[2 * half + side]);
     }
+  }
+
+  __device__ __forceinline__ bool is_kept(int query, int key_index) const {
+    bool kept[4];
+    keep(kept, query, key_index);
+    const bool right = key_index / 8 % 2 != 0;
+    return query / 8 % 2 != 0 ? (right ? kept[3] : kept[2]) : (right ? kept[1] : kept[0]);
   }
 
   // Calls visit(m, n, i, kept) for every element of a score accumulator.

@@ -2,6 +2,7 @@
 // tokens of 128 heads of 128 already have 2^31 elements.
 #pragma once
 
+#include <params/backward_params.h>
 #include <params/tensor_view.h>
 #include <ptx/special_register.cuh>
 
@@ -11,6 +12,12 @@ __device__ __forceinline__ unsigned short* head_address(const TensorView& view, 
                                                         int head) {
   return static_cast<unsigned short*>(view.data) + batch % view.batches * view.batch_stride +
          static_cast<long long>(head) * view.head_stride;
+}
+
+// Row `query` of a head in the workspace of the backward.
+__device__ __forceinline__ long long workspace_row(const BackwardParams& params, int batch,
+                                                   int head, int query) {
+  return static_cast<long long>(batch * params.attention.heads + head) * params.padded_rows + query;
 }
 
 // A CTA's place in a grid of (tile, head, batch) with the tile fastest, as one dimension: the

@@ -95,30 +95,30 @@ struct OnlineSoftmax {
 
   // For a single row tile, leaving the scores as they are: calls emit(pair, left, right) with the
   // probabilities of each pair of column tiles. First with the references as they are; only where
-  // a sum shows that they won't do, or a row has none, from the maxima, and then returns true as
-  // advance() does. So the usual tile costs no maximum, and no exchange between threads.
+  // a sum shows that they won't do, or a row has none, from the maxima, and then calls
+  // rescale(factor) first for what was summed up under the old ones. So the usual tile costs no
+  // maximum, and no exchange between threads.
   // kTryReference: false leaves the first attempt out, for callers whose `emit` is long.
-  template <bool kTryReference, class Scores, class Emit>
-  __device__ __forceinline__ bool attend(const Scores& scores, float (&factor)[1][2],
-                                         float exponent_scale, Emit emit) {
+  template <bool kTryReference, class Scores, class Emit, class Rescale>
+  __device__ __forceinline__ void attend(const Scores& scores, float exponent_scale, Emit emit,
+                                         Rescale rescale) {
+    float tile_sum[2];
     if (kTryReference && settled) {
-      float tile_sum[2];
       emit_probs(scores, tile_sum, exponent_scale, emit);
       const bool too_large = tile_sum[0] > kLargestTileSum || tile_sum[1] > kLargestTileSum;
       if (__builtin_expect(!__any_sync(0xffffffffu, too_large), true)) {
         sum[0][0] += tile_sum[0];
         sum[0][1] += tile_sum[1];
-        return false;
+        return;
       }
     }
-    const bool moved = advance(scores, factor, exponent_scale);
-    float tile_sum[2];
+    float factor[1][2];
+    if (advance(scores, factor, exponent_scale)) rescale(factor);
     emit_probs(scores, tile_sum, exponent_scale, emit);
     sum[0][0] += tile_sum[0];
     sum[0][1] += tile_sum[1];
     settled = __all_sync(0xffffffffu,
                          reference[0][0] > -ptx::infinity() && reference[0][1] > -ptx::infinity());
-    return moved;
   }
 
   template <class Out>

@@ -41,6 +41,34 @@ struct ScoreTransform {
     return -slope_log2 * fabsf(static_cast<float>(query + bottom_right - key));
   }
 
+  // The score of a product q.k.
+  __device__ __forceinline__ float score(float product, int query, int key) const {
+    if constexpr (!Config::kScoresScaled) return product;
+    float score = product * scale_log2;
+    if constexpr (Config::kSoftcap) {
+      // tanh(x) = 1 - 2 / (1 + e^2x), exact to fp32 rounding of its absolute value;
+      // tanh.approx has only 11 bits, which shows at large caps.
+      const float exponential = ptx::exp2_approx(product * softcap_input);
+      score = softcap_log2 - 2.0f * softcap_log2 * ptx::reciprocal_approx(1.0f + exponential);
+    }
+    if constexpr (Config::kAlibi) score += alibi_bias(query, key);
+    return score;
+  }
+
+  // lse_log2 is lse in units of log2, +inf where a row has no probabilities.
+  __device__ __forceinline__ float prob(float score, float lse_log2) const {
+    return ptx::exp2_approx(fmaf(score, exponent_scale, -lse_log2));
+  }
+
+  // The gradient of the scaled product; dprob = dout.v, after dropout.
+  __device__ __forceinline__ float dscore(float prob, float dprob, float delta, float lse_log2,
+                                          int query, int key) const {
+    const float gradient = prob * (dprob - delta);
+    if constexpr (!Config::kSoftcap) return gradient;
+    // A probability of 0 has no logarithm, and no gradient either.
+    return prob == 0.0f ? 0.0f : gradient * softcap_derivative(prob, lse_log2, query, key);
+  }
+
   template <class Acc, class Layout>
   __device__ __forceinline__ void apply(Acc& scores, const Layout& layout) const {
     if constexpr (Config::kScoresScaled) {
@@ -50,19 +78,8 @@ struct ScoreTransform {
         for (int n = 0; n < Acc::kColumnTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            float& score = scores.values[m][n][i];
-            if constexpr (Config::kSoftcap) {
-              // tanh(x) = 1 - 2 / (1 + e^2x), exact to fp32 rounding of its absolute value;
-              // tanh.approx has only 11 bits, which shows at large caps.
-              const float exponential = ptx::exp2_approx(score * softcap_input);
-              score =
-                  softcap_log2 - 2.0f * softcap_log2 * ptx::reciprocal_approx(1.0f + exponential);
-            } else {
-              score *= scale_log2;
-            }
-            if constexpr (Config::kAlibi) {
-              score += alibi_bias(layout.query(m, i), layout.key(n, i));
-            }
+            float& value = scores.values[m][n][i];
+            value = score(value, layout.query(m, i), layout.key(n, i));
           }
     }
   }

@@ -37,6 +37,15 @@ struct VisibleRange {
     return Config::kWindowed ? min(seqlen_k - 1, query + right) : seqlen_k - 1;
   }
 
+  __device__ __forceinline__ Range visible_keys(int query) const {
+    return {max(0, first_visible(query)), last_visible(query) + 1};
+  }
+
+  // The queries that see a key.
+  __device__ __forceinline__ Range seeing_queries(int key) const {
+    return {max(0, key - right), min(seqlen_q, key - left + 1)};
+  }
+
   // Key tiles that some query of [first_query, first_query + kTileQ) sees.
   __device__ __forceinline__ Range key_tiles(int first_query) const {
     const int last_query = min(first_query + Config::kTileQ, seqlen_q) - 1;

@@ -25,6 +25,8 @@ struct BackwardParams {
   float* dq_accum;  // (batch, heads, padded_rows * padded_columns), layout private to the kernels
   float* lse_log2;  // (batch, heads, padded_rows): lse * log2(e); +inf where a row sees no key
   float* delta;     // (batch, heads, padded_rows): rowsum(dout * out) - dlse
+  int* spoilt;      // (batch, heads): whether a key head's dk and dv need containing; at the first
+                    // query head of its group
   int* turns;       // (batch, heads, padded_rows / kSmallestQueryTile); null unless deterministic
   int lse_batches;  // lse and dlse of batch b are those of b % lse_batches
   int dlse_batches;

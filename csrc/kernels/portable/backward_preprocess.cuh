@@ -1,6 +1,6 @@
 // First of the three backward kernels: per query row
 //   delta = rowsum(dout * out) - dlse      lse_log2 = lse * log2(e)
-// and the zeros that the main kernel's dq sums (and turn counters) start from.
+// and the zeros that the main kernel's dq sums (and marks and turn counters) start from.
 //
 // A padded row, and a row that sees no key, gets lse_log2 = +inf and delta = 0: its probabilities
 // 2^(score - inf) are then 0 in the main kernel without a mask.
@@ -87,6 +87,7 @@ __device__ __forceinline__ void backward_preprocess(const BackwardParams& params
                                             (head * params.padded_rows + first_row) * row_floats);
   for (int i = threadIdx.x; i < kPreprocessRows * row_floats / 4; i += kPreprocessThreads)
     accum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (place.tile == 0 && threadIdx.x == 0) params.spoilt[head] = 0;
   if (params.turns != nullptr) {
     constexpr int kTurns = kPreprocessRows / kSmallestQueryTile;
     const long long turns_per_head = params.padded_rows / kSmallestQueryTile;

@@ -1,4 +1,4 @@
-// Single-instruction transcendental functions and the constants that go with them.
+// Single-instruction transcendental functions, and the constants and tests that go with them.
 #pragma once
 
 namespace jfa::ptx {
@@ -7,6 +7,10 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+
+__device__ __forceinline__ bool is_nan(float x) { return x != x; }
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < infinity(); }
 
 // 2**x; relative error 2**-22, denormal results are zero.
 __device__ __forceinline__ float exp2_approx(float x) {

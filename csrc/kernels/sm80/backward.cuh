@@ -22,6 +22,7 @@
 // starts first, so it never waits for one that can't run.
 #pragma once
 
+#include <attention/containment.cuh>
 #include <attention/dropout.cuh>
 #include <attention/head_address.cuh>
 #include <attention/score_layout.cuh>
@@ -118,12 +119,6 @@ struct BackwardStage {
   }
 };
 
-// Row `query` of a head in the workspace.
-__device__ __forceinline__ long long workspace_row(const BackwardParams& params, int batch,
-                                                   int head, int query) {
-  return static_cast<long long>(batch * params.attention.heads + head) * params.padded_rows + query;
-}
-
 // q and dout of the CTA's batch: what a step's addresses start from.
 struct BackwardInputs {
   const unsigned short* q;
@@ -152,7 +147,7 @@ __device__ __forceinline__ void load_step_async(const BackwardParams& params,
   if (threadIdx.x < 2 * kChunks) {
     const bool is_delta = threadIdx.x >= kChunks;
     const int chunk = threadIdx.x % kChunks;
-    const long long row = workspace_row(params, batch, step.head, first_query);
+    const long long row = attention::workspace_row(params, batch, step.head, first_query);
     ptx::cp_async_16(shared + (is_delta ? Shapes::kDeltaOffset : Shapes::kLseOffset) +
                          stage.index * Shapes::kStatisticsBytes + chunk * 16,
                      (is_delta ? params.delta : params.lse_log2) + row + chunk * 4, true);
@@ -202,14 +197,8 @@ __device__ __forceinline__ void differentiate_softmax(
             value = __float_as_uint(prob) >> 31 ? 0.0f : value * dropout_scale;
             prob = fabsf(prob);
           }
-          value = prob * (value - row_delta);
-          if constexpr (Config::kSoftcap) {
-            // A probability of 0 has no logarithm, and no gradient either.
-            value = prob == 0.0f
-                        ? 0.0f
-                        : value * transform.softcap_derivative(prob, lse[query - first_query],
-                                                               query, layout.key(n, i));
-          }
+          value = transform.dscore(prob, value, row_delta, lse[query - first_query], query,
+                                   layout.key(n, i));
         }
     }
 }
@@ -391,7 +380,7 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
     typename Shapes::QueryGradient dq;
     dq.clear();
     tile::multiply_accumulate<Element, Shapes::kKeySteps>(dq, dscores_rows, k_columns);
-    const long long row = workspace_row(params, place.batch, step.head, first_query);
+    const long long row = attention::workspace_row(params, place.batch, step.head, first_query);
     const tile::GlobalAccumulator<Shapes::kThreads> accumulator{params.dq_accum +
                                                                 row * params.padded_columns};
     if constexpr (Config::kDeterministic) {
@@ -416,17 +405,22 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
     step = next;
   }
 
-  __syncthreads();  // all warps are done with k and v, whose memory stages dk and dv
+  // All warps are done with k and v, whose memory stages dk and dv.
+  const bool spoilt = attention::barrier_any_spoilt<Config>(!dk.is_finite() || !dv.is_finite());
   dk.scale(attention.softmax_scale);
   if constexpr (Config::kDropout) dv.scale(attention.dropout_scale);
   write_key_gradient<Config>(params.dk, place.batch, place.head, first_key, attention.seqlen_k,
                              shared + Shapes::kKeyOffset, dk);
   write_key_gradient<Config>(params.dv, place.batch, place.head, first_key, attention.seqlen_k,
                              shared + Shapes::kValueOffset, dv);
+  if (spoilt && threadIdx.x == 0) {
+    params.spoilt[place.batch * attention.heads + place.head * group] = 1;
+  }
 }
 
 // dq = scale * its fp32 sums, rounded. One CTA serves one query tile of one head, with the warp
-// layout that the main kernel added with.
+// layout that the main kernel added with. The main kernel has no register to spare: it leaves to
+// this one what keeps its dk and dv contained, too.
 template <class Config>
 __device__ __forceinline__ void backward_postprocess(const BackwardParams& params,
                                                      unsigned char* shared) {
@@ -437,7 +431,7 @@ __device__ __forceinline__ void backward_postprocess(const BackwardParams& param
   const int first_query = place.tile * Config::kTileQ;
   const int warp = static_cast<int>(threadIdx.x) / 32;
 
-  const long long row = workspace_row(params, place.batch, place.head, first_query);
+  const long long row = attention::workspace_row(params, place.batch, place.head, first_query);
   const tile::GlobalAccumulator<Shapes::kThreads> accumulator{params.dq_accum +
                                                               row * params.padded_columns};
   typename Shapes::QueryGradient dq;
@@ -447,10 +441,26 @@ __device__ __forceinline__ void backward_postprocess(const BackwardParams& param
                           16 * Shapes::kQueryRowWarps, Shapes::kQueryColumnWarps>(
       tile::shared_address(shared), 0, dq, warp % Shapes::kQueryRowWarps * 16,
       warp / Shapes::kQueryRowWarps);
-  __syncthreads();  // store_rows reads what other warps staged
+  // store_rows reads what other warps staged
+  const bool spoilt = attention::barrier_any_spoilt<Config>(!dq.is_finite());
   tile::store_rows<typename Shapes::QueryTile, Config::kHeadDim, Shapes::kThreads>(
       shared, attention::head_address(params.dq, place.batch, place.head), params.dq.row_stride,
       first_query, attention.seqlen_q);
+  if constexpr (Config::kWindowed) {
+    if (spoilt) {
+      __syncthreads();  // contain_dq reads rows that other warps stored
+      attention::contain_dq<Config>(params, place.batch, place.head, first_query, warp,
+                                    Config::kWarps);
+    }
+    // The CTAs of a group share the keys of its head.
+    const int group = attention.heads / attention.heads_k;
+    const int head_k = place.head / group;
+    if (params.spoilt[place.batch * attention.heads + head_k * group] != 0) {
+      const int cta = place.head % group * query_tiles + place.tile;
+      attention::contain_dk_dv<Config>(params, place.batch, head_k, cta * Config::kWarps + warp,
+                                       group * query_tiles * Config::kWarps);
+    }
+  }
 }
 
 }  // namespace jfa::sm80

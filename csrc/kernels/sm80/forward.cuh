@@ -11,6 +11,7 @@
 // so that v(n) travels during q k^T and k(n - 1) during softmax and p v.
 #pragma once
 
+#include <attention/containment.cuh>
 #include <attention/dropout.cuh>
 #include <attention/head_address.cuh>
 #include <attention/online_softmax.cuh>
@@ -88,10 +89,20 @@ __device__ __forceinline__ void write_rows(const ForwardParams& params, unsigned
     }
   tile::store_accumulator<typename Config::Element, typename Shapes::QueryTile, 16, 1>(
       tile::shared_address(staging), 0, out, warp_row, 0);
-  __syncthreads();  // store_rows reads rows that other warps staged
+  // store_rows reads rows that other warps staged
+  const bool spoilt = attention::barrier_any_spoilt<Config>(!out.is_finite());
   tile::store_rows<typename Shapes::QueryTile, Config::kHeadDim, Shapes::kThreads>(
       staging, attention::head_address(params.out, place.batch, place.head), params.out.row_stride,
       first_query, params.attention.seqlen_q);
+  if constexpr (Config::kWindowed) {
+    if (spoilt) {
+      __syncthreads();  // contain_out reads rows that other warps stored
+      attention::contain_out<Config>(
+          params, place.batch, place.head, first_query,
+          {first_query + static_cast<int>(threadIdx.x) / 32, first_query + Config::kTileQ},
+          Config::kWarps);
+    }
+  }
 }
 
 template <class Config>

@@ -18,6 +18,7 @@
 //                                                its place
 #pragma once
 
+#include <attention/containment.cuh>
 #include <attention/dropout.cuh>
 #include <attention/head_address.cuh>
 #include <attention/online_softmax.cuh>
@@ -180,6 +181,7 @@ __device__ __forceinline__ void write_rows(
       forward.lse[row * forward.attention.seqlen_q + query] = lse[0][half];
     }
   }
+  const bool spoilt = Config::kWindowed && !out.is_finite();
   ptx::barrier_sync(kStagingBarrier + warp_row / kConsumerRows, 128);  // q is read
   tile::store_accumulator<typename Config::Element, QueryTile, 16, 1>(staging, 0, out, warp_row, 0);
   ptx::fence_async_proxy();
@@ -191,6 +193,14 @@ __device__ __forceinline__ void write_rows(
                      staging + panel * QueryTile::kPanelBytes + warp_row * tile::kPanelRowBytes,
                      panel * tile::kPanelColumns, first_query, place.head, place.batch);
     ptx::bulk_commit();
+  }
+  if constexpr (Config::kWindowed) {
+    if (__builtin_expect(__any_sync(0xffffffffu, spoilt), false)) {
+      if (ptx::elect_lane()) ptx::bulk_wait();
+      __syncwarp();  // contain_out reads what the copy of out, and lanes for lse, have stored
+      attention::contain_out<Config>(forward, place.batch, place.head, place.tile * Config::kTileQ,
+                                     {first_query, first_query + kWarpRows}, 1);
+    }
   }
 }
 
@@ -241,23 +251,21 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
     typename Shapes::Out out;
     out.clear();
     attention::OnlineSoftmax<1> softmax;
-    float factor[1][2];
 
     const auto start_scores = [&] {
       tile::start_row_product<Element, Shapes::kHeadDimSteps>(
           scores, q_rows, query.stage * QueryTile::kBytes, k_rows, key.stage * KeyTile::kBytes);
     };
     using Probs = typename Shapes::Probs;
-    // Returns whether out is to be multiplied by `factor`.
-    const auto attend = [&](int key_tile, Probs& probs) {
+    const auto attend = [&](int key_tile, Probs& probs, auto rescale) {
       const int first_key = key_tile * Config::kTileK;
       const typename Shapes::Layout layout(first_query + warp_row, first_key);
       transform.apply(scores, layout);
       if (__builtin_expect(
               range.template cuts<kConsumerRows>(first_query + consumer_row, first_key), false))
-        attention::mask_scores(scores, layout, range);
-      return softmax.template attend<!Config::kDropout>(
-          scores, factor, transform.exponent_scale,
+        attention::mask_scores(scores, layout, attention::VisibleRange<Config>(attention));
+      softmax.template attend<!Config::kDropout>(
+          scores, transform.exponent_scale,
           [&](int pair, float (&left)[4], float (&right)[4]) {
             if constexpr (Config::kDropout)
               attention::Dropout(attention, place.batch, place.head)
@@ -265,7 +273,8 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
                     if (!kept) (side == 0 ? left : right)[i] = 0.0f;
                   });
             probs.template pack_step<Element>(0, pair, left, right);
-          });
+          },
+          rescale);
     };
     const auto start_out = [&](const Probs& probs) {
       stages.value.wait_full(value);
@@ -288,12 +297,14 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
       if (leads) stages.key.release(key.stage);
       key.advance();
       if constexpr (!kOverlap) release_value();
-      const bool moved = attend(key_tile, probs);
+      attend(key_tile, probs, [&](const float (&factor)[1][2]) {
+        if constexpr (kOverlap) ptx::wgmma_wait<0>();
+        attention::OnlineSoftmax<1>::scale_rows(out, factor);
+      });
       if constexpr (kOverlap) {
         ptx::wgmma_wait<0>();
         release_value();
       }
-      if (__builtin_expect(moved, false)) attention::OnlineSoftmax<1>::scale_rows(out, factor);
     };
     const auto finish = [&](const Probs& probs) {
       start_out(probs);
@@ -310,7 +321,7 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
       if (leads) stages.key.release(key.stage);
       key.advance();
       Probs even;
-      attend(key_tiles.end - 1, even);
+      attend(key_tiles.end - 1, even, [](const float (&)[1][2]) {});
       int key_tile = key_tiles.end - 2;
       if constexpr (Config::kProbBuffers == 1) {
 #pragma unroll 1
@@ -335,6 +346,7 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
     } else {
       release_staged();
     }
+    // Where the tile lies is worked out again: keeping it would cost registers in the loop above.
     write_rows<Config>(params, place,
                        stages.shared + Shapes::kQueryOffset + query.stage * QueryTile::kBytes, out,
                        softmax, transform.exponent_scale, warp_row);

@@ -29,6 +29,17 @@ struct Accumulator {
         for (int i = 0; i < 4; ++i) values[m][n][i] = 0.0f;
   }
 
+  __device__ __forceinline__ bool is_finite() const {
+    float trace = 0.0f;  // becomes NaN: 0 times infinity is NaN, too
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) trace = fmaf(values[m][n][i], 0.0f, trace);
+    return trace == 0.0f;
+  }
+
   __device__ __forceinline__ void scale(float factor) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
