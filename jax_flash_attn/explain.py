@@ -68,7 +68,8 @@ def explain(
     Raises:
         ValueError, TypeError: as `flash_attn_func`.
 
-    Source: csrc/launchers/sm80_tiles.cc has the table that tiles come from.
+    Source: csrc/launchers/sm80_tiles.cc and sm90_tiles.cc have the tables that tiles
+    come from.
     """
     arguments.pop("return_lse", None)  # lse is computed in any case
     structs = {

@@ -46,13 +46,14 @@ def dropout_keep_mask(
 
 @contextlib.contextmanager
 def override_tiles(operation: str, tiles: str) -> Iterator[None]:
-    """Runs every call of an operation with the given tiles inside the context.
+    """Runs every call of an operation with the given kernels inside the context.
 
     Programs that were compiled before take part: tiles are chosen when a call runs.
 
     Args:
         operation: "forward" or "backward".
-        tiles: The numbers of a row of csrc/launchers/sm80_tiles.cc, comma-separated.
+        tiles: A kernel family, "sm80" or "sm90", or one and the numbers of a row of its
+            table, "sm80:128,64,4,4,2" (csrc/launchers/sm80_tiles.cc, sm90_tiles.cc).
 
     Yields:
         Nothing.
@@ -61,7 +62,7 @@ def override_tiles(operation: str, tiles: str) -> Iterator[None]:
         ValueError: the operation or the numbers are not of that form.
         RuntimeError: the native module is not there.
 
-    Source: csrc/launchers/sm80_tiles.h.
+    Source: csrc/launchers/tile_override.h.
     """
     if _ffi.native is None:
         raise RuntimeError(_ffi.native_missing)

@@ -10,8 +10,8 @@
 
 #include "ffi/handlers.h"
 #include "launchers/attention_spec.h"
-#include "launchers/tile_override.h"
 #include "launchers/specialization.h"
+#include "launchers/tile_override.h"
 #include "runtime/compiler.h"
 #include "runtime/device.h"
 #include "runtime/disk_cache.h"
@@ -77,18 +77,17 @@ struct Kernels {
 };
 
 StatusOr<Kernels> specialize(const std::string& operation, const AttentionSpec& spec,
-                             const AttentionShape& shape, const launchers::Target& target) {
+                             const AttentionShape& shape, const launchers::Target& target,
+                             const std::string& tiles) {
+  JFA_ASSIGN_OR_RETURN(auto forced, launchers::parse_tile_override(operation, tiles));
   if (operation == "forward") {
-    JFA_ASSIGN_OR_RETURN(auto forward, launchers::specialize_forward(spec, shape, target));
+    if (!forced) forced = launchers::forward_override();
+    JFA_ASSIGN_OR_RETURN(auto forward, launchers::specialize_forward(spec, shape, target, forced));
     return Kernels{forward.tiles, {forward.main}};
   }
-  if (operation == "backward") {
-    JFA_ASSIGN_OR_RETURN(auto backward, launchers::specialize_backward(spec, shape, target));
-    return Kernels{backward.tiles,
-                   {backward.preprocess, backward.main, backward.postprocess}};
-  }
-  return Status::invalid_argument("operation must be 'forward' or 'backward', got '" + operation +
-                                  "'.");
+  if (!forced) forced = launchers::backward_override();
+  JFA_ASSIGN_OR_RETURN(auto backward, launchers::specialize_backward(spec, shape, target, forced));
+  return Kernels{backward.tiles, {backward.preprocess, backward.main, backward.postprocess}};
 }
 
 StatusOr<AttentionShape> shape_of(const std::string& dtype, int head_dim) {
@@ -117,22 +116,24 @@ AttentionSpec spec_of(const nb::dict& fields) {
 }
 
 Kernels specialize_named(const std::string& operation, const nb::dict& fields,
-                         const std::string& dtype, int head_dim, const std::string& architecture) {
+                         const std::string& dtype, int head_dim, const std::string& architecture,
+                         const std::string& tiles) {
   return value_or_raise(specialize(operation, spec_of(fields),
                                    value_or_raise(shape_of(dtype, head_dim)),
-                                   value_or_raise(launchers::named_target(architecture))));
+                                   value_or_raise(launchers::named_target(architecture)), tiles));
 }
 
 std::string tiles(const std::string& operation, const nb::dict& fields, const std::string& dtype,
                   int head_dim, const std::string& architecture) {
-  return specialize_named(operation, fields, dtype, head_dim, architecture).tiles;
+  return specialize_named(operation, fields, dtype, head_dim, architecture, "").tiles;
 }
 
 // Compiles an operation's kernels into the cache. `fresh`: compile even what the cache has, so that
-// the compiler's report is there.
+// the compiler's report is there. `tiles`: as override_tiles takes them, for this time.
 nb::list compile(const std::string& operation, const nb::dict& fields, const std::string& dtype,
-                 int head_dim, const std::string& architecture, bool fresh) {
-  const Kernels kernels = specialize_named(operation, fields, dtype, head_dim, architecture);
+                 int head_dim, const std::string& architecture, bool fresh,
+                 const std::string& tiles) {
+  const Kernels kernels = specialize_named(operation, fields, dtype, head_dim, architecture, tiles);
   nb::list report;
   for (const launchers::KernelSpecialization& kernel : kernels.kernels) {
     runtime::CubinInfo info{};
@@ -220,7 +221,8 @@ NB_MODULE(_native, module) {
   module.def("tiles", &tiles, nb::arg("operation"), nb::arg("spec"), nb::arg("dtype"),
              nb::arg("head_dim"), nb::arg("architecture"));
   module.def("compile", &compile, nb::arg("operation"), nb::arg("spec"), nb::arg("dtype"),
-             nb::arg("head_dim"), nb::arg("architecture"), nb::arg("fresh") = false);
+             nb::arg("head_dim"), nb::arg("architecture"), nb::arg("fresh") = false,
+             nb::arg("tiles") = "");
   module.def("devices", &devices);
   module.def("driver_version", &driver_version);
   module.def("nvrtc", &nvrtc);

@@ -28,8 +28,9 @@ PlanTable<BackwardPlan>& plans() {
 
 StatusOr<BackwardPlan> make_plan(const BackwardCall& call) {
   JFA_ASSIGN_OR_RETURN(const CurrentDevice device, current_target());
-  JFA_ASSIGN_OR_RETURN(BackwardSpecialization specialization,
-                       specialize_backward(call.spec, call.shape, device.target));
+  JFA_ASSIGN_OR_RETURN(
+      BackwardSpecialization specialization,
+      specialize_backward(call.spec, call.shape, device.target, backward_override()));
   // Compiling needs no context, so the two small kernels compile beside the large one; their
   // failures come back through load().
   const auto compile = [](const KernelSpecialization* kernel) {

@@ -33,8 +33,9 @@ PlanTable<ForwardPlan>& plans() {
 
 StatusOr<ForwardPlan> make_plan(const ForwardCall& call) {
   JFA_ASSIGN_OR_RETURN(const CurrentDevice device, current_target());
-  JFA_ASSIGN_OR_RETURN(ForwardSpecialization specialization,
-                       specialize_forward(call.spec, call.shape, device.target));
+  JFA_ASSIGN_OR_RETURN(
+      ForwardSpecialization specialization,
+      specialize_forward(call.spec, call.shape, device.target, forward_override()));
   JFA_ASSIGN_OR_RETURN(const runtime::Kernel* kernel, load(specialization.main, device.ordinal));
   JFA_ASSIGN_OR_RETURN(const runtime::DeviceInfo* info, runtime::device_info(device.ordinal));
   return ForwardPlan{std::move(specialization), kernel, info->multiprocessors};

@@ -19,11 +19,11 @@ struct Row {
 constexpr Row kForward[] = {
     {64, Features::kAny, {192, 128, 2, 2, 2, 1}},
     {96, Features::kAny, {192, 96, 2, 2, 2, 1}},
-    {128, Features::kPlain, {128, 128, 2, 2, 2, 2}},
+    {128, Features::kFull, {128, 128, 2, 2, 2, 2}},
     {128, Features::kAny, {128, 128, 2, 2, 2, 1}},
     {192, Features::kPlain, {128, 112, 1, 2, 2, 1}},
     {192, Features::kAny, {128, 64, 1, 2, 2, 1}},
-    {kAnyHeadDim, Features::kPlain, {128, 80, 1, 2, 2, 1}},
+    {kAnyHeadDim, Features::kPlain, {128, 64, 1, 2, 2, 1}},
     {kAnyHeadDim, Features::kAny, {128, 48, 1, 2, 2, 1}},
 };
 

@@ -4,7 +4,6 @@
 
 #include "launchers/sm80_tiles.h"
 #include "launchers/sm90_tiles.h"
-#include "launchers/tile_override.h"
 
 namespace jax_flash_attn::launchers {
 namespace {
@@ -171,9 +170,9 @@ StatusOr<Target> named_target(const std::string& architecture) {
 
 StatusOr<ForwardSpecialization> specialize_forward(const AttentionSpec& spec,
                                                    const AttentionShape& shape,
-                                                   const Target& target) {
+                                                   const Target& target,
+                                                   const std::optional<TileOverride>& forced) {
   JFA_RETURN_IF_ERROR(check_head_dim(shape));
-  const std::optional<TileOverride> forced = forward_override();
   const bool is_hopper = target.architecture == "sm_90";
   if (forced ? forced->family == "sm90" : is_hopper) {
     if (!is_hopper) {
@@ -187,10 +186,10 @@ StatusOr<ForwardSpecialization> specialize_forward(const AttentionSpec& spec,
 
 StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
                                                      const AttentionShape& shape,
-                                                     const Target& target) {
+                                                     const Target& target,
+                                                     const std::optional<TileOverride>& forced) {
   JFA_RETURN_IF_ERROR(check_head_dim(shape));
   const int head_dim = static_cast<int>(shape.head_dim);
-  const std::optional<TileOverride> forced = backward_override();
   sm80::BackwardTiles tiles{};
   if (forced && !forced->numbers.empty()) {
     const std::vector<int>& n = forced->numbers;

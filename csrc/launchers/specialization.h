@@ -7,6 +7,7 @@
 
 #include "launchers/attention_spec.h"
 #include "launchers/target.h"
+#include "launchers/tile_override.h"
 #include "runtime/compiler.h"
 #include "runtime/status.h"
 
@@ -45,11 +46,12 @@ runtime::StatusOr<Target> device_target(int compute_capability, int shared_bytes
 // The target for an architecture that is only named ("sm_90").
 runtime::StatusOr<Target> named_target(const std::string& architecture);
 
-runtime::StatusOr<ForwardSpecialization> specialize_forward(const AttentionSpec& spec,
-                                                            const AttentionShape& shape,
-                                                            const Target& target);
-runtime::StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
-                                                              const AttentionShape& shape,
-                                                              const Target& target);
+// `forced`: the family and the tiles, where they are not for the tables to choose.
+runtime::StatusOr<ForwardSpecialization> specialize_forward(
+    const AttentionSpec& spec, const AttentionShape& shape, const Target& target,
+    const std::optional<TileOverride>& forced);
+runtime::StatusOr<BackwardSpecialization> specialize_backward(
+    const AttentionSpec& spec, const AttentionShape& shape, const Target& target,
+    const std::optional<TileOverride>& forced);
 
 }  // namespace jax_flash_attn::launchers

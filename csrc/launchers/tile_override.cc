@@ -57,7 +57,15 @@ StatusOr<std::vector<int>> parse_numbers(const std::string& text, std::size_t co
   return numbers;
 }
 
-StatusOr<TileOverride> parse(const std::string& operation, const std::string& text) {
+}  // namespace
+
+StatusOr<std::optional<TileOverride>> parse_tile_override(const std::string& operation,
+                                                          const std::string& text) {
+  if (operation != "forward" && operation != "backward") {
+    return Status::invalid_argument("operation must be 'forward' or 'backward', got '" + operation +
+                                    "'.");
+  }
+  if (text.empty()) return std::optional<TileOverride>();
   const std::size_t colon = text.find(':');
   TileOverride result{text.substr(0, colon), {}};
   for (const Overridable& choice : kOverridable) {
@@ -65,7 +73,7 @@ StatusOr<TileOverride> parse(const std::string& operation, const std::string& te
     if (colon != std::string::npos) {
       JFA_ASSIGN_OR_RETURN(result.numbers, parse_numbers(text.substr(colon + 1), choice.numbers));
     }
-    return result;
+    return std::optional<TileOverride>(std::move(result));
   }
   return Status::invalid_argument("tiles must be a kernel family that has the " + operation +
                                   ", such as 'sm80', and may name its numbers behind a colon; got "
@@ -73,17 +81,8 @@ StatusOr<TileOverride> parse(const std::string& operation, const std::string& te
                                   text + "'.");
 }
 
-}  // namespace
-
 Status override_tiles(const std::string& operation, const std::string& text) {
-  if (operation != "forward" && operation != "backward") {
-    return Status::invalid_argument("operation must be 'forward' or 'backward', got '" + operation +
-                                    "'.");
-  }
-  std::optional<TileOverride> parsed;
-  if (!text.empty()) {
-    JFA_ASSIGN_OR_RETURN(parsed, parse(operation, text));
-  }
+  JFA_ASSIGN_OR_RETURN(std::optional<TileOverride> parsed, parse_tile_override(operation, text));
   Overrides& state = overrides();
   std::lock_guard<std::mutex> lock(state.mutex);
   (operation == "forward" ? state.forward : state.backward) = std::move(parsed);

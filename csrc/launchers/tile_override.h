@@ -14,8 +14,12 @@ struct TileOverride {
   std::vector<int> numbers;  // of the family's Tiles struct, in order; empty: the table's choice
 };
 
-// Forces "forward" or "backward" to `text` in this process until it is called with an empty one:
-// a family ("sm80"), or a family and its tiles ("sm80:128,64,4,4,2").
+// From text: a family ("sm80"), or a family and its tiles ("sm80:128,64,4,4,2"); none for an empty
+// one. `operation` is "forward" or "backward".
+runtime::StatusOr<std::optional<TileOverride>> parse_tile_override(const std::string& operation,
+                                                                   const std::string& text);
+
+// Sets what every call of an operation in this process is forced to, until it is called again.
 runtime::Status override_tiles(const std::string& operation, const std::string& text);
 std::optional<TileOverride> forward_override();
 std::optional<TileOverride> backward_override();

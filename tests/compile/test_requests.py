@@ -42,12 +42,24 @@ def test_wrong_operation():
         _ffi.native.compile("sideways", SPEC, "bfloat16", 64, "sm_90")
     with (
         pytest.raises(ValueError, match="operation must be"),
-        testing.override_tiles("sideways", "64,64,4,4,2"),
+        testing.override_tiles("sideways", "sm80:64,64,4,4,2"),
     ):
         pass
 
 
-@pytest.mark.parametrize("tiles", ["64", "64,64,4,x", "64,64,4,4,4,4,4,4,4,4", "-1"])
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        "sm70",
+        "64,64,4,4,2",
+        "sm80:",
+        "sm80:64",
+        "sm80:64,64,4,x",
+        "sm80:64,64,4,4,4,4,4,4,4,4",
+        "sm80:-1",
+        "sm90:128,128",
+    ],
+)
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 def test_wrong_tiles(operation, tiles):
     with (

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jax_flash_attn
+from jax_flash_attn import testing
 from tests.support import calls, cases, inputs, kernel_cases, oracle
 
 pytestmark = pytest.mark.gpu
@@ -16,6 +17,18 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("case", kernel_cases.PARAMS)
 def test_out_and_lse(case, kernel_results, expected):
     oracle.check(kernel_results(case), expected[case], ("out", "lse"))
+
+
+@pytest.mark.parametrize("case", kernel_cases.PARAMS)
+def test_portable_family(case, expected):
+    """What runs where there is no family for the device alone."""
+    arrays = inputs.make(case)
+    names = ("q", "k", "v", "slopes", "dropout_rng")
+    attend = calls.attention(case, implementation="cuda")
+    with testing.override_tiles("forward", "sm80"):
+        out, lse = jax.jit(attend)(*(arrays[name] for name in names))
+        jax.block_until_ready(out)
+    oracle.check({"out": out, "lse": lse}, expected[case], ("out", "lse"))
 
 
 def test_without_lse_and_gradients():

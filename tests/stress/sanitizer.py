@@ -17,7 +17,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from jax_flash_attn import testing
-from tests.support import calls, oracle, tile_table
+from tests.support import calls, devices, oracle, tile_table
 from tests.support.cases import Case
 
 PLAIN = Case("plain", "", batch=1, seqlen_q=150, seqlen_k=170, heads=2, heads_k=2)
@@ -76,9 +76,17 @@ def main() -> int:
         right.append(check(f"{case.name}_deterministic", case, deterministic=True))
     square = {"seqlen_q": 170, "heads_k": 4, **EVERYTHING}
     packed = dataclasses.replace(PLAIN, name="packed", head_dim=40, **square)
+    # Several query tiles for each CTA that stays on its multiprocessor.
+    many = dataclasses.replace(PLAIN, name="many_tiles", batch=6, seqlen_q=700, heads=8)
+    for masked in (False, True):
+        right.append(
+            check(f"many_tiles_{masked}", dataclasses.replace(many, causal=masked))
+        )
     for packing in ("kv", "qkv"):
         right.append(check(f"{packing}_packed", packed, packing=packing))
     for row in tile_table.rows():
+        if not devices.has_family(row.family):
+            continue
         case = dataclasses.replace(PLAIN, name=str(row), head_dim=row.max_head_dim)
         with testing.override_tiles(row.operation, row.text):
             right.append(check(case.name, case))

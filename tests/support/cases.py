@@ -103,6 +103,12 @@ _SCORES = (
     ),
     _case("zero_scale", "uniform weights, no gradient to q and k", softmax_scale=0.0),
     _case("large_logits", "exp overflows without the row maximum", softmax_scale=3.0),
+    _case(
+        "large_logits_many_keys",
+        "the row maximum rises from key tile to key tile",
+        (100, 700),
+        softmax_scale=3.0,
+    ),
     _case("alibi_h", "slopes per head", (90, 130), (4, 2), alibi="h"),
     _case("alibi_bh", "slopes per batch entry and head", (130, 90), (4, 2), alibi="bh"),
     _case("alibi_causal", "bias and mask", (130, 130), alibi="h", causal=True),
@@ -145,6 +151,14 @@ _EVERYTHING = {
 }
 
 _TOGETHER = (
+    _case(
+        "many_tiles",
+        "more query tiles than CTAs run at once",
+        (600, 600),
+        (16, 4),
+        batch=4,
+        causal=True,
+    ),
     _case("float16", "the other dtype", (130, 150), dtype="float16"),
     _case(
         "float16_everything", "all at once", (150, 170), dtype="float16", **_EVERYTHING

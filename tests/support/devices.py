@@ -42,3 +42,9 @@ def require_gpu(count: int = 1, capability: tuple[int, int] = (0, 0)) -> None:
             f"needs {count} CUDA device(s) of compute capability {major}.{minor} or "
             f"later; JAX has {list(cuda_devices())}"
         )
+
+
+def has_family(family: str) -> bool:
+    """Returns whether a kernel family runs here, or there is no GPU at all."""
+    capabilities = {compute_capability(device) for device in cuda_devices()}
+    return family != "sm90" or not capabilities or (9, 0) in capabilities

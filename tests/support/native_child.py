@@ -73,7 +73,8 @@ class Answer:
     def forward(self):
         """The report on the forward kernel."""
         assert self.error == ""
-        return self.kernels["flash_forward_sm80"]
+        (name,) = (x for x in self.kernels if x.startswith("flash_forward"))
+        return self.kernels[name]
 
 
 def finish(child):

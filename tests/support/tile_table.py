@@ -1,12 +1,16 @@
-"""The rows of csrc/launchers/sm80_tiles.cc, read from its text."""
+"""The rows of the tile tables, read from the text of csrc/launchers/*_tiles.cc."""
 
 import dataclasses
 import re
 from pathlib import Path
 
-_TABLE = Path(__file__).resolve().parents[2] / "csrc" / "launchers" / "sm80_tiles.cc"
-_ARRAYS = {"forward": "kForward", "backward": "kBackward"}
-_ROW = re.compile(r"\{(\w+), Chips::\w+, Features::(\w+), \{([\d, ]+)\}\}")
+_LAUNCHERS = Path(__file__).resolve().parents[2] / "csrc" / "launchers"
+_ARRAYS = {"kForward": "forward", "kBackward": "backward"}
+_ARRAY = re.compile(r"constexpr Row\S* (\w+)\[\] = \{(.*?)\n\};", re.DOTALL)
+_ROW = re.compile(
+    r"\{(?P<head_dim>\w+), (?:Chips::\w+, )?Features::(?P<features>\w+), "
+    r"\{(?P<numbers>[\d, ]+)\}\}"
+)
 _ANY_HEAD_DIM = 256
 
 
@@ -14,35 +18,47 @@ _ANY_HEAD_DIM = 256
 class Row:
     """One choice of tiles: the largest head dim and the features that it serves."""
 
+    family: str
     operation: str
     max_head_dim: int
-    serves_features: bool
+    features: str
     numbers: tuple[int, ...]
 
     def __str__(self) -> str:
-        kind = "any" if self.serves_features else "plain"
-        return f"{self.operation}_{self.max_head_dim}_{kind}_{self.text}"
+        return f"{self.operation}_{self.max_head_dim}_{self.features}_{self.text}"
 
     @property
     def text(self) -> str:
         """The tiles as `testing.override_tiles` takes them."""
-        return ",".join(map(str, self.numbers))
+        return f"{self.family}:{','.join(map(str, self.numbers))}"
+
+    @property
+    def serves_masks(self) -> bool:
+        """Whether the row is for calls with a mask."""
+        return self.features != "kFull"
+
+    @property
+    def serves_features(self) -> bool:
+        """Whether the row is for dropout, ALiBi and softcap, too."""
+        return self.features == "kAny"
+
+
+def _rows_of(family):
+    table = (_LAUNCHERS / f"{family}_tiles.cc").read_text()
+    for array, body in _ARRAY.findall(table):
+        found = [match.groupdict() for match in _ROW.finditer(body)]
+        assert len(found) == body.count("Features::") > 0
+        for row in found:
+            any_head_dim = row["head_dim"] == "kAnyHeadDim"
+            yield Row(
+                family,
+                _ARRAYS[array],
+                _ANY_HEAD_DIM if any_head_dim else int(row["head_dim"]),
+                row["features"],
+                tuple(map(int, row["numbers"].split(","))),
+            )
 
 
 def rows():
-    """Returns every row of the table, in order."""
-    table = _TABLE.read_text()
-    found = []
-    for operation, array in _ARRAYS.items():
-        (body,) = re.findall(rf"> {array}\[\] = \{{(.*?)\n\}};", table, re.DOTALL)
-        for head_dim, features, numbers in _ROW.findall(body):
-            found.append(
-                Row(
-                    operation,
-                    _ANY_HEAD_DIM if head_dim == "kAnyHeadDim" else int(head_dim),
-                    features == "kAny",
-                    tuple(map(int, numbers.split(","))),
-                )
-            )
-        assert len(_ROW.findall(body)) == body.count("Features::")
-    return tuple(found)
+    """Returns every row of every table, in order."""
+    return (*_rows_of("sm80"), *_rows_of("sm90"))

@@ -43,10 +43,11 @@ INCLUDABLE = {
     "launchers": {"launchers", "runtime", "params"},
     "runtime": {"runtime"},
     "sm80": {"sm80", "attention", "tile", "ptx", "params"},
+    "sm90": {"sm90", "attention", "tile", "ptx", "params"},
     "portable": {"portable", "attention", "tile", "ptx", "params"},
     "attention": {"attention", "tile", "ptx", "params"},
     "tile": {"tile", "ptx"},
-    "ptx": {"ptx"},
+    "ptx": {"ptx", "params"},
     "params": {"params"},
 }
 HOST_FOLDERS = ("ffi", "launchers", "runtime")

@@ -38,17 +38,15 @@ struct OnlineSoftmax {
   // Turns scores into probabilities relative to the reference and rescales `out` when it moves.
   template <class Scores, class Out>
   __device__ __forceinline__ void update(Scores& scores, Out& out, float exponent_scale) {
-    float factor[kRowTiles][2];
-    if (advance(scores, factor, exponent_scale)) scale_rows(out, factor);
+    advance(scores, out, exponent_scale, [] {});
     exponentiate(scores, exponent_scale);
   }
 
-  // Moves the references that the maxima of `scores` have left behind. Returns whether a row of
-  // the warp moved; what was summed up under the old references is then to be multiplied by
-  // `factor`, as the row sums have been.
-  template <class Scores>
-  __device__ __forceinline__ bool advance(const Scores& scores, float (&factor)[kRowTiles][2],
-                                          float exponent_scale) {
+  // Moves the references that the maxima of `scores` have left behind, and with them sums and out.
+  // Calls await_out() first where a row of the warp moves.
+  template <class Scores, class Out, class AwaitOut>
+  __device__ __forceinline__ void advance(const Scores& scores, Out& out, float exponent_scale,
+                                          AwaitOut await_out) {
     float row_max[kRowTiles][2];
     bool moves = false;
 #pragma unroll
@@ -59,19 +57,9 @@ struct OnlineSoftmax {
         // -inf minus -inf is NaN and compares false: a row without keys so far does not move.
         moves |= (row_max[m][half] - reference[m][half]) * exponent_scale > kLazyRescaleLog2;
       }
-    if (!__any_sync(0xffffffffu, moves)) return false;
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float moved = fmaxf(reference[m][half], row_max[m][half]);
-        factor[m][half] = moved == reference[m][half]
-                              ? 1.0f
-                              : ptx::exp2_approx((reference[m][half] - moved) * exponent_scale);
-        reference[m][half] = moved;
-        sum[m][half] *= factor[m][half];
-      }
-    return true;
+    if (!__any_sync(0xffffffffu, moves)) return;
+    await_out();
+    rescale(row_max, out, exponent_scale);
   }
 
   // Turns scores into probabilities relative to the references and adds them to the row sums.
@@ -95,13 +83,12 @@ struct OnlineSoftmax {
 
   // For a single row tile, leaving the scores as they are: calls emit(pair, left, right) with the
   // probabilities of each pair of column tiles. First with the references as they are; only where
-  // a sum shows that they won't do, or a row has none, from the maxima, and then calls
-  // rescale(factor) first for what was summed up under the old ones. So the usual tile costs no
+  // a sum shows that they won't do, or a row has none, after advance(). So the usual tile costs no
   // maximum, and no exchange between threads.
   // kTryReference: false leaves the first attempt out, for callers whose `emit` is long.
-  template <bool kTryReference, class Scores, class Emit, class Rescale>
-  __device__ __forceinline__ void attend(const Scores& scores, float exponent_scale, Emit emit,
-                                         Rescale rescale) {
+  template <bool kTryReference, class Scores, class Out, class Emit, class AwaitOut>
+  __device__ __forceinline__ void attend(const Scores& scores, Out& out, float exponent_scale,
+                                         Emit emit, AwaitOut await_out) {
     float tile_sum[2];
     if (kTryReference && settled) {
       emit_probs(scores, tile_sum, exponent_scale, emit);
@@ -112,23 +99,12 @@ struct OnlineSoftmax {
         return;
       }
     }
-    float factor[1][2];
-    if (advance(scores, factor, exponent_scale)) rescale(factor);
+    advance(scores, out, exponent_scale, await_out);
     emit_probs(scores, tile_sum, exponent_scale, emit);
     sum[0][0] += tile_sum[0];
     sum[0][1] += tile_sum[1];
     settled = __all_sync(0xffffffffu,
                          reference[0][0] > -ptx::infinity() && reference[0][1] > -ptx::infinity());
-  }
-
-  template <class Out>
-  static __device__ __forceinline__ void scale_rows(Out& out, const float (&factor)[kRowTiles][2]) {
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < Out::kColumnTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out.values[m][n][i] *= factor[m][i / 2];
   }
 
   // Completes the row sums and returns lse in natural log units.
@@ -182,6 +158,25 @@ struct OnlineSoftmax {
           fmaxf(maximum, fmaxf(scores.values[m][n][2 * half], scores.values[m][n][2 * half + 1]));
     maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
     return fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
+  }
+
+  template <class Out>
+  __device__ __forceinline__ void rescale(const float (&row_max)[kRowTiles][2], Out& out,
+                                          float exponent_scale) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float moved = fmaxf(reference[m][half], row_max[m][half]);
+        if (moved == reference[m][half]) continue;
+        const float factor = ptx::exp2_approx((reference[m][half] - moved) * exponent_scale);
+        reference[m][half] = moved;
+        sum[m][half] *= factor;
+#pragma unroll
+        for (int n = 0; n < Out::kColumnTiles; ++n)
+#pragma unroll
+          for (int c = 0; c < 2; ++c) out.values[m][n][2 * half + c] *= factor;
+      }
   }
 };
 

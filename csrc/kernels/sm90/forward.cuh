@@ -257,7 +257,7 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
           scores, q_rows, query.stage * QueryTile::kBytes, k_rows, key.stage * KeyTile::kBytes);
     };
     using Probs = typename Shapes::Probs;
-    const auto attend = [&](int key_tile, Probs& probs, auto rescale) {
+    const auto attend = [&](int key_tile, Probs& probs, auto await_out) {
       const int first_key = key_tile * Config::kTileK;
       const typename Shapes::Layout layout(first_query + warp_row, first_key);
       transform.apply(scores, layout);
@@ -265,7 +265,7 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
               range.template cuts<kConsumerRows>(first_query + consumer_row, first_key), false))
         attention::mask_scores(scores, layout, attention::VisibleRange<Config>(attention));
       softmax.template attend<!Config::kDropout>(
-          scores, transform.exponent_scale,
+          scores, out, transform.exponent_scale,
           [&](int pair, float (&left)[4], float (&right)[4]) {
             if constexpr (Config::kDropout)
               attention::Dropout(attention, place.batch, place.head)
@@ -274,7 +274,7 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
                   });
             probs.template pack_step<Element>(0, pair, left, right);
           },
-          rescale);
+          await_out);
     };
     const auto start_out = [&](const Probs& probs) {
       stages.value.wait_full(value);
@@ -297,9 +297,8 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
       if (leads) stages.key.release(key.stage);
       key.advance();
       if constexpr (!kOverlap) release_value();
-      attend(key_tile, probs, [&](const float (&factor)[1][2]) {
+      attend(key_tile, probs, [] {
         if constexpr (kOverlap) ptx::wgmma_wait<0>();
-        attention::OnlineSoftmax<1>::scale_rows(out, factor);
       });
       if constexpr (kOverlap) {
         ptx::wgmma_wait<0>();
@@ -321,7 +320,7 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
       if (leads) stages.key.release(key.stage);
       key.advance();
       Probs even;
-      attend(key_tiles.end - 1, even, [](const float (&)[1][2]) {});
+      attend(key_tiles.end - 1, even, [] {});
       int key_tile = key_tiles.end - 2;
       if constexpr (Config::kProbBuffers == 1) {
 #pragma unroll 1
