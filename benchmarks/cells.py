@@ -60,15 +60,16 @@ class Bench:
     ) -> None:
         samplers: dict[str, timing.Sampler] = {}
         for contender in self.contenders:
-            verdict = checker.verdict(contender, mode)
-            if verdict.status == "ok":
-                try:
-                    samplers[contender.name] = self._sampler(
-                        contender, workload, mode, operands
-                    )
-                    continue
-                except Exception as error:
-                    verdict = failure(error)
+            with contender.running():
+                verdict = checker.verdict(contender, mode)
+                if verdict.status == "ok":
+                    try:
+                        samplers[contender.name] = self._sampler(
+                            contender, workload, mode, operands
+                        )
+                        continue
+                    except Exception as error:
+                        verdict = failure(error)
             self._write(workload, mode, contender, verdict)
         summaries = self._timed(f"{workload.name} {mode}", samplers)
         for contender in self.contenders:
@@ -98,13 +99,15 @@ class Bench:
         self, label: str, samplers: dict[str, timing.Sampler]
     ) -> dict[str, timing.Summary]:
         names = list(samplers)
+        running = {c.name: c.running for c in self.contenders}
         samples: dict[str, list[float]] = {name: [] for name in names}
         rounds = range(self.rounds if names else 0)
         for index in tqdm(rounds, desc=label, leave=False, disable=self.quiet):
             # A rotating start, so that nobody always follows the same neighbour.
             shift = index % len(names)
             for name in names[shift:] + names[:shift]:
-                samples[name].append(samplers[name].sample())
+                with running[name]():
+                    samples[name].append(samplers[name].sample())
         return {n: timing.summarise(s, samplers[n]) for n, s in samples.items()}
 
     def _figures(

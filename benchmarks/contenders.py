@@ -85,6 +85,10 @@ class Contender(abc.ABC):
         lacking = [f for f, used in asked.items() if used and f not in self.features]
         return f"has no {', '.join(lacking)}" if lacking else None
 
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """Returns the context in which its programs are compiled and run."""
+        return contextlib.nullcontext()
+
     @abc.abstractmethod
     def build(self, workload: Workload) -> Attention:
         """Returns attention as a function of q, k and v."""
@@ -98,12 +102,18 @@ class Ours(Contender):
     replays_dropout = True
 
     def __init__(
-        self, name: str, *, jax_path: bool = False, deterministic: bool = False
+        self,
+        name: str,
+        *,
+        jax_path: bool = False,
+        deterministic: bool = False,
+        family: str = "",
     ):
         super().__init__(name)
         self.jax_path = jax_path
         self.deterministic = deterministic
-        self.by_default = not (jax_path or deterministic)
+        self.family = family
+        self.by_default = not (jax_path or deterministic or family)
 
     @property
     def implementation(self) -> str:
@@ -114,7 +124,18 @@ class Ours(Contender):
 
     def available(self) -> str | None:
         """Returns why the contender cannot run here, or None."""
+        if self.family and not on_gpu():
+            return "needs a CUDA GPU"
         return _import_failure("jax_flash_attn")
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Forces the kernel family, if one is named."""
+        testing = importlib.import_module("jax_flash_attn.testing")
+        with contextlib.ExitStack() as stack:
+            for operation in ("forward", "backward") if self.family else ():
+                stack.enter_context(testing.override_tiles(operation, self.family))
+            yield
 
     def build(self, workload: Workload) -> Attention:
         """Returns flash_attn_func with the workload's options bound."""
@@ -294,6 +315,7 @@ def contenders() -> dict[str, Contender]:
         Ours("ours"),
         Ours("ours-deterministic", deterministic=True),
         Ours("ours-jax", jax_path=True),
+        Ours("ours-sm80", family="sm80"),
         JaxNN("jax-cudnn", "cudnn"),
         JaxNN("jax-xla", "xla"),
         FlashMha("dew-fa3", "dew_flash_attn", "dew-flash-attn-cu13", {64, 128, 256}),

@@ -16,7 +16,7 @@ PlanKey plan_key(const AttentionSpec& spec, const AttentionShape& shape, int dev
   };
   std::int32_t features = 0;
   for (const bool bit : bits) features = 2 * features + (bit ? 1 : 0);
-  return {{device, tiles_generation(), static_cast<std::int32_t>(shape.head_dim), features}};
+  return {{device, tile_setting(), static_cast<std::int32_t>(shape.head_dim), features}};
 }
 
 std::size_t PlanKeyHash::operator()(const PlanKey& key) const {

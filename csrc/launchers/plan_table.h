@@ -20,7 +20,7 @@ namespace jax_flash_attn::launchers {
 
 // Everything that distinguishes one set of kernels from another.
 struct PlanKey {
-  std::array<std::int32_t, 4> values;  // device, tiles generation, head dim, feature bits
+  std::array<std::int32_t, 4> values;  // device, tile setting, head dim, feature bits
 
   bool operator==(const PlanKey& other) const { return values == other.values; }
 };

@@ -1,5 +1,7 @@
 #include "launchers/tile_override.h"
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <charconv>
 #include <mutex>
@@ -32,7 +34,10 @@ struct Overrides {
   std::mutex mutex;
   std::optional<TileOverride> forward;
   std::optional<TileOverride> backward;
-  std::atomic<int> generation{0};
+  // Every pair of texts that was ever set, the first for none: what was made for one is found again
+  // when it is set again.
+  std::vector<std::array<std::string, 2>> settings = {{}};
+  std::atomic<int> setting{0};  // index of the one in force
 };
 
 // Leaked on purpose: other threads may still launch while the process ends.
@@ -84,9 +89,16 @@ StatusOr<std::optional<TileOverride>> parse_tile_override(const std::string& ope
 Status override_tiles(const std::string& operation, const std::string& text) {
   JFA_ASSIGN_OR_RETURN(std::optional<TileOverride> parsed, parse_tile_override(operation, text));
   Overrides& state = overrides();
+  const bool is_forward = operation == "forward";
   std::lock_guard<std::mutex> lock(state.mutex);
-  (operation == "forward" ? state.forward : state.backward) = std::move(parsed);
-  state.generation.fetch_add(1);
+  (is_forward ? state.forward : state.backward) = std::move(parsed);
+  std::array<std::string, 2> texts = state.settings[state.setting.load()];
+  texts[is_forward ? 0 : 1] = text;
+  const auto begin = state.settings.begin();
+  const auto found = std::find(begin, state.settings.end(), texts);
+  const auto index = static_cast<int>(found - begin);
+  if (found == state.settings.end()) state.settings.push_back(std::move(texts));
+  state.setting.store(index);
   return Status();
 }
 
@@ -100,6 +112,6 @@ std::optional<TileOverride> backward_override() {
   return overrides().backward;
 }
 
-int tiles_generation() { return overrides().generation.load(std::memory_order_relaxed); }
+int tile_setting() { return overrides().setting.load(std::memory_order_relaxed); }
 
 }  // namespace jax_flash_attn::launchers

@@ -23,7 +23,8 @@ runtime::StatusOr<std::optional<TileOverride>> parse_tile_override(const std::st
 runtime::Status override_tiles(const std::string& operation, const std::string& text);
 std::optional<TileOverride> forward_override();
 std::optional<TileOverride> backward_override();
-// Grows with every override, so that whoever remembers a choice knows when it is out of date.
-int tiles_generation();
+// A number for what both operations are forced to, the same whenever that is the same: a choice
+// that was remembered under it is still right.
+int tile_setting();
 
 }  // namespace jax_flash_attn::launchers
