@@ -9,7 +9,7 @@ import abc
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -107,13 +107,14 @@ class Ours(Contender):
         *,
         jax_path: bool = False,
         deterministic: bool = False,
-        family: str = "",
+        forced: Mapping[str, str] | None = None,
     ):
         super().__init__(name)
         self.jax_path = jax_path
         self.deterministic = deterministic
-        self.family = family
-        self.by_default = not (jax_path or deterministic or family)
+        self.forced = dict(forced or {})
+        """Tiles by operation, as `jax_flash_attn.testing.override_tiles` takes them."""
+        self.by_default = not (jax_path or deterministic or forced)
 
     @property
     def implementation(self) -> str:
@@ -124,17 +125,17 @@ class Ours(Contender):
 
     def available(self) -> str | None:
         """Returns why the contender cannot run here, or None."""
-        if self.family and not on_gpu():
+        if self.forced and not on_gpu():
             return "needs a CUDA GPU"
         return _import_failure("jax_flash_attn")
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Forces the kernel family, if one is named."""
+        """Forces the tiles that are named, if any."""
         testing = importlib.import_module("jax_flash_attn.testing")
         with contextlib.ExitStack() as stack:
-            for operation in ("forward", "backward") if self.family else ():
-                stack.enter_context(testing.override_tiles(operation, self.family))
+            for operation, tiles in self.forced.items():
+                stack.enter_context(testing.override_tiles(operation, tiles))
             yield
 
     def build(self, workload: Workload) -> Attention:
@@ -315,7 +316,7 @@ def contenders() -> dict[str, Contender]:
         Ours("ours"),
         Ours("ours-deterministic", deterministic=True),
         Ours("ours-jax", jax_path=True),
-        Ours("ours-sm80", family="sm80"),
+        Ours("ours-sm80", forced={"forward": "sm80", "backward": "sm80"}),
         JaxNN("jax-cudnn", "cudnn"),
         JaxNN("jax-xla", "xla"),
         FlashMha("dew-fa3", "dew_flash_attn", "dew-flash-attn-cu13", {64, 128, 256}),

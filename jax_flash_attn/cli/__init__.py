@@ -1,4 +1,4 @@
-"""The command line: `python -m jax_flash_attn doctor | compile | bench`.
+"""The command line: `python -m jax_flash_attn doctor | compile | bench | tune`.
 
 Each command is a module with `add_arguments(parser)` and `main(options)`, which returns
 the exit status.
@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from jax_flash_attn._version import __version__
-from jax_flash_attn.cli import bench, compile, doctor
+from jax_flash_attn.cli import bench, compile, doctor, tune
 
 _COMMANDS: dict[str, ModuleType] = {
     "doctor": doctor,
     "compile": compile,
     "bench": bench,
+    "tune": tune,
 }
+_FROM_CHECKOUT = ("bench", "tune")
+"""Commands whose arguments are parsed, and --help is printed, outside the package."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: the arguments are wrong, or ask for help.
     """
     options, rest = _parser().parse_known_args(arguments)
-    if options.command == "bench":
+    if options.command in _FROM_CHECKOUT:
         options.arguments = rest
     elif rest:
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -52,8 +55,7 @@ def _parser() -> argparse.ArgumentParser:
             help=description.splitlines()[0],
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            # The benchmark has a --help of its own.
-            add_help=name != "bench",
+            add_help=name not in _FROM_CHECKOUT,
         )
         module.add_arguments(command)
         command.set_defaults(parser=command)

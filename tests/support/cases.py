@@ -154,8 +154,8 @@ _TOGETHER = (
     _case(
         "many_tiles",
         "more query tiles than CTAs run at once",
-        (600, 600),
-        (16, 4),
+        (300, 300),
+        (32, 8),
         batch=4,
         causal=True,
     ),

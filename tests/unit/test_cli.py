@@ -262,7 +262,7 @@ def test_benchmarks_of_another_package_are_left_alone(monkeypatch, tmp_path):
     assert bench.checkout() is None
 
 
-@pytest.mark.parametrize("arguments", [[], ["doctor", "--fast"], ["tune"]])
+@pytest.mark.parametrize("arguments", [[], ["doctor", "--fast"], ["sing"]])
 def test_wrong_arguments_end_with_status_2(arguments):
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)

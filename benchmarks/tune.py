@@ -1,0 +1,250 @@
+"""Finds the fastest tiles of a kernel family on the device at hand.
+
+    python -m jax_flash_attn tune --head-dim 128 --mask causal --seqlens 2048,16384
+
+Every candidate is compiled, and left out where the compiler spills registers or warns;
+it is checked against the oracle; then all are timed in turns, on each length. Printed
+are the figures and the row of csrc/launchers/*_tiles.cc that wins by the geometric mean
+of its speed over the lengths.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from benchmarks import arrays, modes, timing, workloads
+from benchmarks.contenders import Ours, on_gpu
+from benchmarks.correctness import Checker
+from benchmarks.workloads import Workload
+
+TOKENS = 16384
+WIDTH = 2048
+"""Batch times length, and heads times head dim, of what is timed."""
+
+_SHARED_BYTES = 227 * 1024
+_REGISTERS = {2: 240, 3: 160}
+"""Of a thread, by the number of consumer warpgroups."""
+_REGISTERS_BESIDE = 30
+"""What a consumer needs besides accumulators and probabilities, at least."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Tiles of the forward on Hopper (csrc/launchers/sm90_tiles.h)."""
+
+    tile_q: int
+    tile_k: int
+    query_stages: int
+    key_stages: int
+    value_stages: int
+    prob_buffers: int
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, dataclasses.astuple(self)))
+
+    @property
+    def text(self) -> str:
+        """As `jax_flash_attn.testing.override_tiles` takes it."""
+        return f"sm90:{','.join(map(str, dataclasses.astuple(self)))}"
+
+    def fits(self, head_dim: int) -> bool:
+        """Returns whether shared memory and registers can hold it."""
+        columns = -(-head_dim // 64) * 64
+        rows = self.query_stages * self.tile_q
+        rows += (self.key_stages + self.value_stages) * self.tile_k
+        # Barriers take less than what 1 KB leaves.
+        if 2 * rows * columns > _SHARED_BYTES - 1024:
+            return False
+        scores = self.tile_k // 2
+        probs = self.prob_buffers * self.tile_k // 4
+        out = -(-head_dim // 16) * 8
+        limit = _REGISTERS[self.tile_q // 64]
+        return scores + probs + out + _REGISTERS_BESIDE <= limit
+
+
+def candidates(head_dim: int) -> Iterator[Candidate]:
+    """Yields the tiles worth trying for a head dim: two query stages where they fit."""
+    for tile_q, tile_k, stages, prob_buffers in itertools.product(
+        (128, 192), range(48, 209, 16), (2, 3), (1, 2)
+    ):
+        for query_stages in (2, 1):
+            candidate = Candidate(
+                tile_q, tile_k, query_stages, stages, stages, prob_buffers
+            )
+            if candidate.fits(head_dim):
+                yield candidate
+                break
+
+
+def table_row(head_dim: int, features: str, candidate: Candidate) -> str:
+    """Returns a row of csrc/launchers/sm90_tiles.cc."""
+    return f"    {{{head_dim}, Features::{features}, {{{candidate}}}}},"
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Returns the geometric mean of positive values."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def winner(speeds: Mapping[Candidate, Sequence[float]]) -> Candidate:
+    """Returns whose speeds have the largest geometric mean."""
+    return max(speeds, key=lambda candidate: geometric_mean(speeds[candidate]))
+
+
+def _workload(head_dim: int, seqlen: int, options: argparse.Namespace) -> Workload:
+    heads = max(1, WIDTH // head_dim)
+    return Workload(
+        f"tune_d{head_dim}_{options.mask}_s{seqlen}",
+        max(1, TOKENS // seqlen),
+        seqlen,
+        heads,
+        heads,
+        head_dim,
+        causal=options.mask == "causal",
+        dropout_p=0.1 if options.features == "any" else 0.0,
+        alibi=options.features == "any",
+        softcap=30.0 if options.features == "any" else 0.0,
+        source="the grid of the benchmark",
+    )
+
+
+def _is_clean(candidate: Candidate, head_dim: int, attributes: Any) -> bool:
+    """Whether the compiler neither spills nor warns."""
+    from jax_flash_attn import _ffi
+
+    try:
+        (kernel,) = _ffi.native.compile(
+            "forward",
+            attributes,
+            "bfloat16",
+            head_dim,
+            "sm_90",
+            fresh=True,
+            tiles=candidate.text,
+        )
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
+    return not (kernel["spill_bytes"] or kernel["stack_bytes"] or kernel["warnings"])
+
+
+def clean_candidates(
+    head_dim: int, workload: Workload, among: Sequence[Candidate]
+) -> list[Candidate]:
+    """Returns those that compile for a workload without spills and warnings."""
+    from jax_flash_attn import _ffi, _spec
+
+    spec = _spec.AttentionSpec(
+        softmax_scale=head_dim**-0.5,
+        window_right=0 if workload.causal else -1,
+        softcap=workload.softcap,
+        alibi=workload.alibi,
+        dropout_p=workload.dropout_p,
+    )
+    is_clean = functools.partial(
+        _is_clean, head_dim=head_dim, attributes=_ffi.attributes(spec)
+    )
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = tqdm(pool.map(is_clean, among), "compile", total=len(among))
+        return [c for c, ok in zip(among, verdicts, strict=True) if ok]
+
+
+def _speeds(
+    workload: Workload, among: Sequence[Candidate], options: argparse.Namespace
+) -> dict[Candidate, float]:
+    """TFLOP/s of the candidates whose results are right."""
+    operands = arrays.make(workload)
+    checker = Checker(workload, operands)
+    flops = workloads.flops(workload, "fwd")
+    running: dict[Candidate, tuple[Ours, timing.Sampler]] = {}
+    for candidate in tqdm(among, f"check {workload.name}"):
+        ours = Ours(candidate.text, forced={"forward": candidate.text})
+        with ours.running():
+            verdict = checker.verdict(ours, "fwd")
+            if verdict.status != "ok":
+                print(f"{candidate}: {verdict.status}: {verdict.reason}")
+                continue
+            sampler = modes.sampler(
+                ours,
+                workload,
+                "fwd",
+                operands,
+                guess=flops / 5e14,
+                sample_seconds=options.sample_ms / 1e3,
+            )
+        running[candidate] = (ours, sampler)
+    samples: dict[Candidate, list[float]] = {c: [] for c in running}
+    for _ in tqdm(range(options.rounds), f"time {workload.name}"):
+        for candidate, (ours, sampler) in running.items():
+            with ours.running():
+                samples[candidate].append(sampler.sample())
+    return {
+        candidate: flops / timing.summarise(taken, running[candidate][1]).seconds / 1e12
+        for candidate, taken in samples.items()
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tune", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--head-dim", type=int, default=128, metavar="D", help="default: %(default)s")
+    add("--mask", choices=("full", "causal"), default="causal")
+    add(
+        "--features",
+        choices=("plain", "any"),
+        default="plain",
+        help="any: with dropout, ALiBi and softcap",
+    )
+    add("--seqlens", default="512,2048,16384", help="default: %(default)s")
+    add("--tiles", metavar="A;B", help="only these, as `testing` takes them")
+    add("--rounds", type=int, default=10, help="samples each; default: %(default)s")
+    add("--sample-ms", type=float, default=15.0, help="default: %(default)s")
+    return parser
+
+
+def _chosen(options: argparse.Namespace) -> list[Candidate]:
+    if not options.tiles:
+        return list(candidates(options.head_dim))
+    numbers = (text.removeprefix("sm90:") for text in options.tiles.split(";"))
+    return [Candidate(*map(int, text.split(","))) for text in numbers]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tuner's command line; returns 0, 1 where nothing could be tuned."""
+    options = _parser().parse_args(argv)
+    if not on_gpu() or jax.devices()[0].compute_capability != "9.0":
+        print("tune needs a GPU of compute capability 9.0.", file=sys.stderr)
+        return 1
+    lengths = [int(text) for text in options.seqlens.split(",")]
+    tried = [_workload(options.head_dim, seqlen, options) for seqlen in lengths]
+    among = clean_candidates(options.head_dim, tried[0], _chosen(options))
+    by_length = [_speeds(workload, among, options) for workload in tried]
+    speeds = {
+        candidate: [found[candidate] for found in by_length]
+        for candidate in among
+        if all(candidate in found for found in by_length)
+    }
+    if not speeds:
+        print("No candidate compiles and is right.", file=sys.stderr)
+        return 1
+    for candidate in sorted(speeds, key=lambda c: -geometric_mean(speeds[c])):
+        figures = "  ".join(f"{x:6.1f}" for x in speeds[candidate])
+        print(f"{geometric_mean(speeds[candidate]):6.1f}   {figures}   {candidate}")
+    kind = "kAny" if options.features == "any" else "kPlain"
+    kind = "kFull" if options.mask == "full" and kind == "kPlain" else kind
+    print(table_row(options.head_dim, kind, winner(speeds)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
