@@ -23,7 +23,7 @@ constexpr Row kForward[] = {
     {128, Features::kAny, {128, 128, 2, 2, 2, 1}},
     {192, Features::kPlain, {128, 112, 1, 2, 2, 1}},
     {192, Features::kAny, {128, 64, 2, 2, 2, 1}},
-    {kAnyHeadDim, Features::kPlain, {128, 64, 1, 2, 2, 1}},
+    {kAnyHeadDim, Features::kPlain, {128, 80, 1, 2, 2, 1}},
     {kAnyHeadDim, Features::kAny, {128, 48, 2, 2, 2, 1}},
 };
 

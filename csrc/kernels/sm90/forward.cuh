@@ -346,7 +346,8 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
       release_staged();
     }
     // Where the tile lies is worked out again: keeping it would cost registers in the loop above.
-    write_rows<Config>(params, place,
+    // Where the tile lies is worked out again: kept, it would take registers from the loop above.
+    write_rows<Config>(params, order.place(),
                        stages.shared + Shapes::kQueryOffset + query.stage * QueryTile::kBytes, out,
                        softmax, transform.exponent_scale, warp_row);
     staged = query.stage;
