@@ -1,11 +1,14 @@
-"""How vmap folds into the batch of a call.
+"""How vmap adds batch axes to a call, and how they become the one batch of a kernel.
 
-Every operand and result of the primitives has its batch first, and an operand's batch
-may be any divisor of the call's (`_shapes.common_batch`). A mapped axis goes in front
-of the batch and is merged with it; operands that are not mapped stay as they are.
+Every operand and result of the primitives has its batch axes first, as many as the
+others have. `vmap` puts the mapped axis in front of them; where an operand is not
+mapped, that axis has length 1, so nothing is copied or reshaped while tracing, and
+automatic sharding sees every axis by itself. The axes are merged where the call is
+computed, on each device by itself.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,27 +20,39 @@ from jax_flash_attn import _shapes
 
 
 def fold(
-    operands: Sequence[jax.Array], dims: Sequence[int | None]
-) -> tuple[list[jax.Array], int]:
-    """Merges the mapped axes into the batches; also returns the batch of one example.
+    function: Callable[..., list[jax.Array]], roles: Sequence[_shapes.Role]
+) -> Any:
+    """Lets a function of operands with one batch axis take any number of them."""
 
-    A mapped operand is first repeated to the full batch: with the mapped axis in front
-    the index b % batch would otherwise run over examples.
+    def folded(*operands: jax.Array) -> list[jax.Array]:
+        shapes = [
+            _shapes.batch_shape(x, role)
+            for x, role in zip(operands, roles, strict=True)
+        ]
+        batch_shape = _shapes.common_batch_shape(shapes)
+        if len(batch_shape) == 1:
+            return function(*operands)
+        merged = [
+            _merge(x, len(shape), batch_shape)
+            for x, shape in zip(operands, shapes, strict=True)
+        ]
+        return [x.reshape(*batch_shape, *x.shape[1:]) for x in function(*merged)]
+
+    return folded
+
+
+def _merge(x: jax.Array, num_axes: int, batch_shape: tuple[int, ...]) -> jax.Array:
+    """Merges the batch axes of an operand into one that divides the call's batch.
+
+    Leading axes that the operand lacks need no copy: batch b % n of the operand is
+    the right one. Axes it lacks behind one that it has are repeated.
     """
-    examples = [
-        x.shape[0] if d is None else (x.shape[1] if d == 0 else x.shape[0])
-        for x, d in zip(operands, dims, strict=True)
-    ]
-    batch = _shapes.common_batch(examples)
-    folded = []
-    for x, d in zip(operands, dims, strict=True):
-        if d is None:
-            folded.append(x)
-            continue
-        mapped = jnp.moveaxis(x, d, 0)
-        full = jax.vmap(lambda example: _shapes.repeat_batch(example, batch))(mapped)
-        folded.append(full.reshape(full.shape[0] * batch, *full.shape[2:]))
-    return folded, batch
+    lacking = 0
+    while lacking < num_axes and x.shape[lacking] != batch_shape[lacking]:
+        lacking += 1
+    x = x.reshape(x.shape[lacking:])
+    kept, trailing = batch_shape[lacking:], x.shape[num_axes - lacking :]
+    return jnp.broadcast_to(x, (*kept, *trailing)).reshape(math.prod(kept), *trailing)
 
 
 def register(primitive: Primitive) -> None:
@@ -46,13 +61,13 @@ def register(primitive: Primitive) -> None:
     def rule(
         operands: Sequence[jax.Array], dims: Sequence[int | None], **params: Any
     ) -> tuple[list[jax.Array], list[int]]:
-        size = next(
-            x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None
+        results = primitive.bind(
+            *(
+                x[None] if d is None else jnp.moveaxis(x, d, 0)
+                for x, d in zip(operands, dims, strict=True)
+            ),
+            **params,
         )
-        folded, batch = fold(operands, dims)
-        results = primitive.bind(*folded, **params)
-        return [x.reshape(size, batch, *x.shape[1:]) for x in results], [0] * len(
-            results
-        )
+        return results, [0] * len(results)
 
     batching.primitive_batchers[primitive] = rule

@@ -1,8 +1,27 @@
 """The one place that looks at which JAX this is."""
 
+import contextlib
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.sharding import AbstractMesh, Mesh
+
+# Private, and without them a call is right and unsplit.
+try:
+    from jax._src.dispatch import prim_requires_devices_during_lowering
+except ImportError:
+    prim_requires_devices_during_lowering = set()
+try:
+    from jax._src.mesh import thread_resources as _entered
+except ImportError:
+    thread_resources: Any = None
+else:
+    thread_resources = _entered
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -37,3 +56,60 @@ def cast_to_common_varying(*operands: jax.Array | None) -> tuple[jax.Array | Non
         else _to_varying(x, tuple(sorted(union - varying_axes(x))))
         for x in operands
     )
+
+
+def require_devices_to_lower(primitive: Primitive) -> None:
+    """Has JAX say, to the lowering of a primitive, for which devices it lowers."""
+    prim_requires_devices_during_lowering.add(primitive)
+
+
+def is_manual(ctx: Any) -> bool:
+    """Whether a lowering is inside `shard_map` or `pmap`, over any mesh axis."""
+    return bool(getattr(ctx.module_context.axis_context, "manual_axes", ()))
+
+
+def partitioned_mesh(ctx: Any) -> Mesh | None:
+    """The mesh over which XLA splits the program that is lowered.
+
+    None for a single device, and for `jax.export`, which cannot store a partition rule.
+    """
+    context = ctx.module_context.axis_context
+    devices = getattr(context, "device_assignment", None)
+    if devices is None or len(devices) == 1:
+        return None
+    if ctx.module_context.lowering_parameters.for_export:
+        return None
+    mesh = getattr(context, "abstract_mesh", None)
+    if mesh is not None and not mesh.empty:
+        return Mesh(np.array(devices).reshape(mesh.axis_sizes), mesh.axis_names)
+    if thread_resources is None or thread_resources.env.physical_mesh.empty:
+        return None
+    return thread_resources.env.physical_mesh  # of `with mesh:`
+
+
+def no_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Inside, arrays are one device's: an Explicit mesh around has no say in them."""
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+
+
+def without_shardings(avals: Any) -> list[Any]:
+    """The abstract values with shape and dtype alone."""
+    return [jax.core.ShapedArray(x.shape, x.dtype) for x in avals]
+
+
+def partitioned(
+    function: Callable[..., Any],
+    partition: Callable[..., Any],
+    infer_results: Callable[..., Any],
+    sharding_rule: Callable[..., Any],
+) -> Callable[..., Any]:
+    """A function that `custom_partitioning` splits, under Shardy and under GSPMD."""
+    result = custom_partitioning(function)
+    optional = {"infer_sharding_from_operands": infer_results}  # GSPMD's, going away
+    known = inspect.signature(result.def_partition).parameters
+    result.def_partition(
+        partition,
+        sharding_rule=sharding_rule,
+        **{name: rule for name, rule in optional.items() if name in known},
+    )
+    return result

@@ -1,5 +1,9 @@
 """The forward and backward primitives: abstract values, lowering for each platform.
 
+A primitive takes operands with any number of batch axes (`_batching`), is split over
+the devices of a mesh where XLA splits the program (`_partitioning`), and each part is
+computed by a function of operands with one batch axis: the kernel or plain JAX.
+
 Operands of `forward_p` are those of an `Operands` value in order; those of `backward_p`
 add out, lse, dout and, when `has_dlse`, dlse. Results are (out, lse) and the gradients
 of the operands that carry q, k and v.
@@ -14,7 +18,16 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir, xla
 
-from jax_flash_attn import _batching, _ffi, _shapes, _spec, _support, blockwise
+from jax_flash_attn import (
+    _batching,
+    _compat,
+    _ffi,
+    _partitioning,
+    _shapes,
+    _spec,
+    _support,
+    blockwise,
+)
 
 
 class Operands(NamedTuple):
@@ -56,33 +69,51 @@ backward_p = _results("flash_attention_backward")
 # each JAX spells those.
 
 
+def _with_whole_batch(
+    x: jax.Array, role: _shapes.Role, others: Sequence[tuple[jax.Array, _shapes.Role]]
+) -> jax.Array:
+    """`x` with every batch axis as long, and as sharded, as in the operand that has it.
+
+    For abstract values alone: the values are no use.
+    """
+    for axis, length in enumerate(_shapes.batch_shape(x, role)):
+        for other, other_role in others:
+            if length == 1 and _shapes.batch_shape(other, other_role)[axis] != 1:
+                rest = [n for n in range(other.ndim) if n != axis]
+                along = other.sum(axis=rest).astype(x.dtype)
+                behind = [1] * (x.ndim - axis - 1)
+                x = x * along.reshape(*[1] * axis, along.shape[0], *behind)
+                break
+    return x
+
+
 def _forward_like(*flat: jax.Array, spec: _spec.AttentionSpec) -> list[jax.Array]:
-    operands, _ = _split(flat, spec)
-    batch = _shapes.common_batch([x.shape[0] for x in flat])
-    q, _, _ = _shapes.unpack(operands.qkv, spec.packing)
-    out = _shapes.repeat_batch(q, batch)
+    roles, _ = _shapes.forward_roles(spec)
+    q = flat[0][..., 0, :, :] if spec.packing == "qkv" else flat[0]
+    q_role, _ = _shapes.forward_roles(spec)[1]
+    out = _with_whole_batch(q, q_role, list(zip(flat, roles, strict=True)))
     lse_dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
-    return [out, out[..., 0].astype(lse_dtype).swapaxes(1, 2)]
+    return [out, out[..., 0].astype(lse_dtype).swapaxes(-1, -2)]
 
 
-def _backward_like(*flat: jax.Array, spec: _spec.AttentionSpec) -> list[jax.Array]:
-    operands, _ = _split(flat, spec)
-    batch = _shapes.common_batch([x.shape[0] for x in flat])
-    return [_shapes.repeat_batch(x, batch) for x in operands.qkv]
+def _backward_like(
+    *flat: jax.Array, spec: _spec.AttentionSpec, has_dlse: bool
+) -> list[jax.Array]:
+    roles, results = _shapes.backward_roles(spec, has_dlse)
+    operands = list(zip(flat, roles, strict=True))
+    return [
+        _with_whole_batch(x, role, operands) for x, role in operands[: len(results)]
+    ]
 
 
 @functools.lru_cache(maxsize=1024)
 def _avals(
-    like: Callable[..., list[jax.Array]],
-    avals: tuple[Any, ...],
-    spec: _spec.AttentionSpec,
+    like: Callable[..., list[jax.Array]], avals: tuple[Any, ...], **static: Any
 ) -> list[Any]:
-    return list(jax.make_jaxpr(functools.partial(like, spec=spec))(*avals).out_avals)
+    return list(jax.make_jaxpr(functools.partial(like, **static))(*avals).out_avals)
 
 
-def _plain_forward(
-    *flat: jax.Array, spec: _spec.AttentionSpec, **unused: Any
-) -> list[jax.Array]:
+def _plain_forward(*flat: jax.Array, spec: _spec.AttentionSpec) -> list[jax.Array]:
     batch = _shapes.common_batch([x.shape[0] for x in flat])
     operands, _ = _split([_shapes.repeat_batch(x, batch) for x in flat], spec)
     q, k, v = _shapes.unpack(operands.qkv, spec.packing)
@@ -92,7 +123,7 @@ def _plain_forward(
 
 
 def _plain_backward(
-    *flat: jax.Array, spec: _spec.AttentionSpec, has_dlse: bool, **unused: Any
+    *flat: jax.Array, spec: _spec.AttentionSpec, has_dlse: bool
 ) -> list[jax.Array]:
     batch = _shapes.common_batch([x.shape[0] for x in flat])
     operands, rest = _split([_shapes.repeat_batch(x, batch) for x in flat], spec)
@@ -116,9 +147,7 @@ def _struct(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
 
-def _kernel_forward(
-    *flat: jax.Array, spec: _spec.AttentionSpec, **unused: Any
-) -> list[jax.Array]:
+def _kernel_forward(*flat: jax.Array, spec: _spec.AttentionSpec) -> list[jax.Array]:
     operands, _ = _split(flat, spec)
     head_dim = operands.qkv[0].shape[-1]
     padded = _support.padded_head_dim(head_dim)
@@ -135,7 +164,7 @@ def _kernel_forward(
 
 
 def _kernel_backward(
-    *flat: jax.Array, spec: _spec.AttentionSpec, has_dlse: bool, **unused: Any
+    *flat: jax.Array, spec: _spec.AttentionSpec, has_dlse: bool
 ) -> list[jax.Array]:
     operands, (out, lse, dout, *dlse) = _split(flat, spec)
     head_dim = operands.qkv[0].shape[-1]
@@ -158,12 +187,24 @@ def _kernel_backward(
 
 def _register(
     primitive: Primitive,
+    roles: Callable[..., tuple[list[_shapes.Role], list[_shapes.Role]]],
     like: Callable[..., list[jax.Array]],
     plain: Callable[..., list[jax.Array]],
     kernel: Callable[..., list[jax.Array]],
 ) -> None:
-    def abstract_eval(*avals: Any, spec: _spec.AttentionSpec, **_: Any) -> list[Any]:
-        return _avals(like, avals, spec)
+    def abstract_eval(*avals: Any, implementation: str, **static: Any) -> list[Any]:
+        return _avals(like, avals, **static)
+
+    def lower(
+        function: Callable[..., list[jax.Array]],
+        ctx: Any,
+        operands: Sequence[Any],
+        implementation: str,
+        **static: Any,
+    ) -> Any:
+        taken, given = roles(**static)
+        folded = _batching.fold(functools.partial(function, **static), taken)
+        return _partitioning.lower(ctx, folded, operands, taken, given)
 
     def lower_anywhere(ctx: Any, *operands: Any, **params: Any) -> Any:
         if params["implementation"] == "cuda":
@@ -171,7 +212,7 @@ def _register(
                 'implementation="cuda" needs a CUDA GPU, and this program is lowered '
                 'for another platform: pass "auto" or "jax".'
             )
-        return mlir.lower_fun(plain, multiple_results=True)(ctx, *operands, **params)
+        return lower(plain, ctx, operands, **params)
 
     def lower_for_cuda(ctx: Any, *operands: Any, **params: Any) -> Any:
         chosen = plain
@@ -187,7 +228,7 @@ def _register(
                 raise NotImplementedError(obstacle)
             else:
                 _support.warn_once(obstacle)
-        return mlir.lower_fun(chosen, multiple_results=True)(ctx, *operands, **params)
+        return lower(chosen, ctx, operands, **params)
 
     def differentiate_again(*_: Any, **__: Any) -> Any:
         raise NotImplementedError(
@@ -203,7 +244,16 @@ def _register(
     mlir.register_lowering(primitive, lower_for_cuda, platform="cuda")
     ad.primitive_jvps[primitive] = differentiate_again
     _batching.register(primitive)
+    _compat.require_devices_to_lower(primitive)
 
 
-_register(forward_p, _forward_like, _plain_forward, _kernel_forward)
-_register(backward_p, _backward_like, _plain_backward, _kernel_backward)
+_register(
+    forward_p, _shapes.forward_roles, _forward_like, _plain_forward, _kernel_forward
+)
+_register(
+    backward_p,
+    _shapes.backward_roles,
+    _backward_like,
+    _plain_backward,
+    _kernel_backward,
+)

@@ -1,7 +1,7 @@
 """Shapes of operands, results and workspace, from shapes alone."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,57 @@ class Dimensions(NamedTuple):
     head_dim: int
 
 
+class Role(NamedTuple):
+    """What the axes of an operand or result are; its batch axes come first."""
+
+    num_trailing: int
+    """How many axes follow the batch axes."""
+    heads_axis: int
+    heads: Literal["query", "key"]
+
+
+_QUERIES, _KEYS = Role(3, -2, "query"), Role(3, -2, "key")
+_PACKED_KEYS = Role(4, -2, "key")
+# There are as many key heads as query heads.
+_PACKED_QUERIES = Role(4, -2, "query")
+_ROWS = Role(2, -2, "query")
+_SLOPES = Role(1, -1, "query")
+_DROPOUT_KEYS = Role(2, -2, "query")
+
+_QKV: dict[_spec.Packing, list[Role]] = {
+    "none": [_QUERIES, _KEYS, _KEYS],
+    "kv": [_QUERIES, _PACKED_KEYS],
+    "qkv": [_PACKED_QUERIES],
+}
+
+
+def forward_roles(spec: _spec.AttentionSpec) -> tuple[list[Role], list[Role]]:
+    """The roles of the operands and of the results of the forward primitive."""
+    optional = [_SLOPES] * spec.alibi + [_DROPOUT_KEYS] * spec.dropout
+    return [*_QKV[spec.packing], *optional], [_QUERIES, _ROWS]
+
+
+def backward_roles(
+    spec: _spec.AttentionSpec, has_dlse: bool
+) -> tuple[list[Role], list[Role]]:
+    """The roles of the operands and of the results of the backward primitive."""
+    operands, results = forward_roles(spec)
+    return [*operands, *results, _QUERIES, *[_ROWS] * has_dlse], _QKV[spec.packing]
+
+
+def batch_shape(x: jax.Array, role: Role) -> tuple[int, ...]:
+    """The lengths of an operand's batch axes."""
+    return x.shape[: x.ndim - role.num_trailing]
+
+
+def common_batch_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The batch axes of a call whose operands have these: each is as long, or 1."""
+    return tuple(common_batch(lengths) for lengths in zip(*shapes, strict=True))
+
+
 def num_qkv(packing: _spec.Packing) -> int:
     """How many operands carry q, k and v."""
-    return {"none": 3, "kv": 2, "qkv": 1}[packing]
+    return len(_QKV[packing])
 
 
 def dimensions(qkv: Sequence[jax.Array], packing: _spec.Packing) -> Dimensions:

@@ -25,7 +25,7 @@ PYTHON_LAYERS = (
     {"attention"},
     {"_vjp"},
     {"_primitives"},
-    {"_batching", "_support"},
+    {"_batching", "_partitioning", "_support"},
     {"_ffi"},
     {"_native"},
     {"_arguments", "blockwise", "dense", "reference"},
