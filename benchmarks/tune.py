@@ -26,6 +26,7 @@ from benchmarks import arrays, modes, timing, workloads
 from benchmarks.contenders import Ours, on_gpu
 from benchmarks.correctness import Checker
 from benchmarks.workloads import Workload
+from jax_flash_attn import _ffi, _spec
 
 TOKENS = 16384
 WIDTH = 2048
@@ -120,8 +121,6 @@ def _workload(head_dim: int, seqlen: int, options: argparse.Namespace) -> Worklo
 
 def _is_clean(candidate: Candidate, head_dim: int, attributes: Any) -> bool:
     """Whether the compiler neither spills nor warns."""
-    from jax_flash_attn import _ffi
-
     try:
         (kernel,) = _ffi.native.compile(
             "forward",
@@ -141,8 +140,6 @@ def clean_candidates(
     head_dim: int, workload: Workload, among: Sequence[Candidate]
 ) -> list[Candidate]:
     """Returns those that compile for a workload without spills and warnings."""
-    from jax_flash_attn import _ffi, _spec
-
     spec = _spec.AttentionSpec(
         softmax_scale=head_dim**-0.5,
         window_right=0 if workload.causal else -1,

@@ -25,29 +25,22 @@ def fold(
     """Lets a function of operands with one batch axis take any number of them."""
 
     def folded(*operands: jax.Array) -> list[jax.Array]:
-        shapes = [
-            _shapes.batch_shape(x, role)
-            for x, role in zip(operands, roles, strict=True)
-        ]
-        batch_shape = _shapes.common_batch_shape(shapes)
+        batch_shape = _shapes.common_batch_shape(operands, roles)
         if len(batch_shape) == 1:
             return function(*operands)
-        merged = [
-            _merge(x, len(shape), batch_shape)
-            for x, shape in zip(operands, shapes, strict=True)
-        ]
+        merged = [_merge(x, batch_shape) for x in operands]
         return [x.reshape(*batch_shape, *x.shape[1:]) for x in function(*merged)]
 
     return folded
 
 
-def _merge(x: jax.Array, num_axes: int, batch_shape: tuple[int, ...]) -> jax.Array:
+def _merge(x: jax.Array, batch_shape: tuple[int, ...]) -> jax.Array:
     """Merges the batch axes of an operand into one that divides the call's batch.
 
     Leading axes that the operand lacks need no copy: batch b % n of the operand is
     the right one. Axes it lacks behind one that it has are repeated.
     """
-    lacking = 0
+    num_axes, lacking = len(batch_shape), 0
     while lacking < num_axes and x.shape[lacking] != batch_shape[lacking]:
         lacking += 1
     x = x.reshape(x.shape[lacking:])

@@ -124,9 +124,7 @@ def plan(mesh: Mesh, arrays: Sequence[Any], roles: Roles) -> Plan:
     Returns:
         The plan, which may split nothing.
     """
-    batch_shape = _shapes.common_batch_shape(
-        [_shapes.batch_shape(x, role) for x, role in zip(arrays, roles, strict=True)]
-    )
+    batch_shape = _shapes.common_batch_shape(arrays, roles)
     used: set[str] = set()
 
     def choose(length: int, wishes: Iterator[MeshAxes]) -> MeshAxes:
@@ -166,9 +164,7 @@ def sharding_rule(
         roles: The roles of operands and results.
     """
     arrays = [*taken, *given]
-    batch_shape = _shapes.common_batch_shape(
-        [_shapes.batch_shape(x, role) for x, role in zip(arrays, roles, strict=True)]
-    )
+    batch_shape = _shapes.common_batch_shape(arrays, roles)
     heads, heads_k = (_num_heads(arrays, roles, whose) for whose in ("query", "key"))
     is_linked = _divide_alike(mesh, heads, heads_k or heads)
     names = {"query": "h", "key": "h" if is_linked else "k"}

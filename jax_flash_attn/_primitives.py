@@ -88,9 +88,8 @@ def _with_whole_batch(
 
 
 def _forward_like(*flat: jax.Array, spec: _spec.AttentionSpec) -> list[jax.Array]:
-    roles, _ = _shapes.forward_roles(spec)
+    roles, (q_role, _) = _shapes.forward_roles(spec)
     q = flat[0][..., 0, :, :] if spec.packing == "qkv" else flat[0]
-    q_role, _ = _shapes.forward_roles(spec)[1]
     out = _with_whole_batch(q, q_role, list(zip(flat, roles, strict=True)))
     lse_dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     return [out, out[..., 0].astype(lse_dtype).swapaxes(-1, -2)]

@@ -69,8 +69,11 @@ def batch_shape(x: jax.Array, role: Role) -> tuple[int, ...]:
     return x.shape[: x.ndim - role.num_trailing]
 
 
-def common_batch_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The batch axes of a call whose operands have these: each is as long, or 1."""
+def common_batch_shape(
+    arrays: Sequence[jax.Array], roles: Sequence[Role]
+) -> tuple[int, ...]:
+    """The batch axes of a call with these arrays: in each an axis is as long, or 1."""
+    shapes = [batch_shape(x, role) for x, role in zip(arrays, roles, strict=True)]
     return tuple(common_batch(lengths) for lengths in zip(*shapes, strict=True))
 
 

@@ -61,19 +61,31 @@ Status check_fits(int shared_bytes, const Target& target) {
                                   std::to_string(target.shared_bytes) + " for a CTA.");
 }
 
+// The tiles that are forced, or else the table's; they fit into the target's shared memory.
+template <typename Tiles>
+StatusOr<Tiles> chosen_tiles(const std::optional<TileOverride>& forced, const AttentionSpec& spec,
+                             int head_dim, const Target& target,
+                             StatusOr<Tiles> (*from_table)(const AttentionSpec&, int,
+                                                           const Target&),
+                             int (*shared_bytes)(const Tiles&, int)) {
+  Tiles tiles{};
+  if (forced && !forced->numbers.empty()) {
+    tiles = forced->as<Tiles>();
+  } else {
+    JFA_ASSIGN_OR_RETURN(tiles, from_table(spec, head_dim, target));
+  }
+  JFA_RETURN_IF_ERROR(check_fits(shared_bytes(tiles, head_dim), target));
+  return tiles;
+}
+
 StatusOr<ForwardSpecialization> sm80_forward(const AttentionSpec& spec, const AttentionShape& shape,
                                              const Target& target,
                                              const std::optional<TileOverride>& forced) {
   const int head_dim = static_cast<int>(shape.head_dim);
-  sm80::ForwardTiles tiles{};
-  if (forced && !forced->numbers.empty()) {
-    const std::vector<int>& n = forced->numbers;
-    tiles = {n[0], n[1], n[2], n[3], n[4]};
-  } else {
-    JFA_ASSIGN_OR_RETURN(tiles, sm80::forward_tiles(spec, head_dim, target));
-  }
+  JFA_ASSIGN_OR_RETURN(const sm80::ForwardTiles tiles,
+                       chosen_tiles(forced, spec, head_dim, target, sm80::forward_tiles,
+                                    sm80::forward_shared_bytes));
   const int shared_bytes = sm80::forward_shared_bytes(tiles, head_dim);
-  JFA_RETURN_IF_ERROR(check_fits(shared_bytes, target));
 
   std::string config;
   element_constants(config, shape);
@@ -98,15 +110,10 @@ StatusOr<ForwardSpecialization> sm90_forward(const AttentionSpec& spec, const At
                                              const Target& target,
                                              const std::optional<TileOverride>& forced) {
   const int head_dim = static_cast<int>(shape.head_dim);
-  sm90::ForwardTiles tiles{};
-  if (forced && !forced->numbers.empty()) {
-    const std::vector<int>& n = forced->numbers;
-    tiles = {n[0], n[1], n[2], n[3], n[4], n[5]};
-  } else {
-    JFA_ASSIGN_OR_RETURN(tiles, sm90::forward_tiles(spec, head_dim, target));
-  }
+  JFA_ASSIGN_OR_RETURN(const sm90::ForwardTiles tiles,
+                       chosen_tiles(forced, spec, head_dim, target, sm90::forward_tiles,
+                                    sm90::forward_shared_bytes));
   const int shared_bytes = sm90::forward_shared_bytes(tiles, head_dim);
-  JFA_RETURN_IF_ERROR(check_fits(shared_bytes, target));
 
   std::string config;
   element_constants(config, shape);
@@ -190,15 +197,10 @@ StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
                                                      const std::optional<TileOverride>& forced) {
   JFA_RETURN_IF_ERROR(check_head_dim(shape));
   const int head_dim = static_cast<int>(shape.head_dim);
-  sm80::BackwardTiles tiles{};
-  if (forced && !forced->numbers.empty()) {
-    const std::vector<int>& n = forced->numbers;
-    tiles = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8]};
-  } else {
-    JFA_ASSIGN_OR_RETURN(tiles, sm80::backward_tiles(spec, head_dim, target));
-  }
+  JFA_ASSIGN_OR_RETURN(const sm80::BackwardTiles tiles,
+                       chosen_tiles(forced, spec, head_dim, target, sm80::backward_tiles,
+                                    sm80::backward_shared_bytes));
   const int shared_bytes = sm80::backward_shared_bytes(tiles, head_dim);
-  JFA_RETURN_IF_ERROR(check_fits(shared_bytes, target));
 
   std::string element;
   element_constants(element, shape);

@@ -1,6 +1,7 @@
 // A kernel family and tiles forced by tests and tuning in place of the tables' choice.
 #pragma once
 
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -12,6 +13,14 @@ namespace jax_flash_attn::launchers {
 struct TileOverride {
   std::string family;        // "sm80" or "sm90"
   std::vector<int> numbers;  // of the family's Tiles struct, in order; empty: the table's choice
+
+  // Needs: Tiles is the family's, all of whose fields are ints, and numbers are not empty.
+  template <typename Tiles>
+  Tiles as() const {
+    Tiles tiles;
+    std::memcpy(&tiles, numbers.data(), sizeof(tiles));
+    return tiles;
+  }
 };
 
 // From text: a family ("sm80"), or a family and its tiles ("sm80:128,64,4,4,2"); none for an empty

@@ -23,10 +23,9 @@ def test_out_and_lse(case, kernel_results, expected):
 def test_portable_family(case, expected):
     """What runs where there is no family for the device alone."""
     arrays = inputs.make(case)
-    names = ("q", "k", "v", "slopes", "dropout_rng")
     attend = calls.attention(case, implementation="cuda")
     with testing.override_tiles("forward", "sm80"):
-        out, lse = jax.jit(attend)(*(arrays[name] for name in names))
+        out, lse = jax.jit(attend)(*(arrays[name] for name in calls.OPERANDS))
         jax.block_until_ready(out)
     oracle.check({"out": out, "lse": lse}, expected[case], ("out", "lse"))
 

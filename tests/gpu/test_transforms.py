@@ -3,7 +3,7 @@
 import pytest
 
 import jax_flash_attn
-from tests.support import transforms
+from tests.support import calls, transforms
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +22,7 @@ def test_vmap_of_grad(subset):
 
 @pytest.mark.parametrize(
     "subset",
-    [("q", "slopes"), ("k", "v"), ("dropout_rng",), transforms.OPERANDS],
+    [("q", "slopes"), ("k", "v"), ("dropout_rng",), calls.OPERANDS],
     ids="-".join,
 )
 def test_grad_of_vmap(subset):

@@ -11,6 +11,10 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0}
 """Options of `jax.jit` for programs that take longer to optimise than to run."""
 
 
+OPERANDS = ("q", "k", "v", "slopes", "dropout_rng")
+"""The names of the arrays that a function of `attention` takes, in order."""
+
+
 def jit(function):
     """Returns `jax.jit` of a function, left unoptimised on the CPU."""
     on_cpu = jax.default_backend() == "cpu"
@@ -74,9 +78,8 @@ def run(case, seed=0, packing="none", **more):
 
 def compile_kernels(case):
     """Compiles the kernels of a case's call, which a later call then finds ready."""
-    names = ("q", "k", "v", "slopes", "dropout_rng")
     shapes = jax.eval_shape(lambda: inputs.make(case))
-    q, k, v, slopes, dropout_rng = (shapes[name] for name in names)
+    q, k, v, slopes, dropout_rng = (shapes[name] for name in OPERANDS)
     found = jax_flash_attn.explain(
         q,
         k,

@@ -17,8 +17,6 @@ _COLLECTIVE = re.compile(
     r"(?:-start)?\("
 )
 
-OPERANDS = ("q", "k", "v", "slopes", "dropout_rng")
-
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -114,8 +112,8 @@ def check(case, split, mesh, packing="none", forward=(), gradients=(), **more):
     oracle.check(results, right)
     if not found:  # nor does the forward, then
         return
-    operands = [arrays[name] for name in OPERANDS]
-    given = [specs[name] for name in OPERANDS if arrays[name] is not None]
+    operands = [arrays[name] for name in calls.OPERANDS]
+    given = [specs[name] for name in calls.OPERANDS if arrays[name] is not None]
     results, found = compile_and_run(attend, operands, given, mesh)
     assert found <= set(forward)
     names = ("out", "lse")

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-_LAUNCHERS = Path(__file__).resolve().parents[2] / "csrc" / "launchers"
+LAUNCHERS = Path(__file__).resolve().parents[2] / "csrc" / "launchers"
 _ARRAYS = {"kForward": "forward", "kBackward": "backward"}
 _ARRAY = re.compile(r"constexpr Row\S* (\w+)\[\] = \{(.*?)\n\};", re.DOTALL)
 _ROW = re.compile(
@@ -44,7 +44,7 @@ class Row:
 
 
 def _rows_of(family):
-    table = (_LAUNCHERS / f"{family}_tiles.cc").read_text()
+    table = (LAUNCHERS / f"{family}_tiles.cc").read_text()
     for array, body in _ARRAY.findall(table):
         found = [match.groupdict() for match in _ROW.finditer(body)]
         assert len(found) == body.count("Features::") > 0

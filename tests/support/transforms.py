@@ -17,14 +17,13 @@ import jax_flash_attn
 from tests.support import calls, closeness, inputs, oracle
 from tests.support.cases import Case
 
-OPERANDS = ("q", "k", "v", "slopes", "dropout_rng")
 COTANGENTS = ("dout", "dlse")
 GRADIENTS = ("dq", "dk", "dv")
 
 SUBSETS = tuple(
     subset
-    for count in range(1, len(OPERANDS) + 1)
-    for subset in itertools.combinations(OPERANDS, count)
+    for count in range(1, len(calls.OPERANDS) + 1)
+    for subset in itertools.combinations(calls.OPERANDS, count)
 )
 """Every way to map at least one operand."""
 
@@ -35,7 +34,7 @@ PAIRWISE_SUBSETS = (
     ("dropout_rng",),
     ("k", "slopes"),
     ("q", "v", "dropout_rng"),
-    OPERANDS,
+    calls.OPERANDS,
 )
 
 SUBSET_PARAMETERS = tuple(
@@ -115,7 +114,7 @@ class Checks:
         arrays = inputs.make(self.case)
 
         def loss(qkv):
-            rest = (arrays[name] for name in OPERANDS[3:])
+            rest = (arrays[name] for name in calls.OPERANDS[3:])
             out, lse = self.attend(*qkv, *rest)
             return _weighted(out, lse, arrays), (out, lse)
 
@@ -176,13 +175,13 @@ class Checks:
 
     def vmap_over_other_axes(self):
         axes = {"q": 2, "k": 1, "v": -1, "slopes": 1, "dropout_rng": 0}
-        self.vmap_of_grad(OPERANDS, axes)
+        self.vmap_of_grad(calls.OPERANDS, axes)
 
     def vmap_out_axes(self):
         examples = self._examples_sharing(3, ("q", "dropout_rng"))
         axes = dict.fromkeys(examples[0]) | {"q": 3, "dropout_rng": 0}
         mapped = jax.vmap(
-            lambda arrays: self.attend(*(arrays[name] for name in OPERANDS)),
+            lambda arrays: self.attend(*(arrays[name] for name in calls.OPERANDS)),
             in_axes=(axes,),
             out_axes=(2, -1),
         )
@@ -193,13 +192,13 @@ class Checks:
     def grad_of_vmap(self, subset):
         """Gradients of operands that are not mapped are sums over the examples."""
         examples = self._examples_sharing(3, (*subset, *COTANGENTS))
-        axes = {name: 0 if name in subset else None for name in OPERANDS}
+        axes = {name: 0 if name in subset else None for name in calls.OPERANDS}
         axes |= dict.fromkeys(COTANGENTS, 0)
         stacked = _stack(examples, axes)
-        mapped = jax.vmap(self.attend, in_axes=tuple(axes[n] for n in OPERANDS))
+        mapped = jax.vmap(self.attend, in_axes=tuple(axes[n] for n in calls.OPERANDS))
 
         def loss(q, k, v):
-            rest = (stacked[name] for name in OPERANDS[3:])
+            rest = (stacked[name] for name in calls.OPERANDS[3:])
             return _weighted(*mapped(q, k, v, *rest), stacked)
 
         qkv = tuple(stacked[name] for name in "qkv")
@@ -250,7 +249,7 @@ class Checks:
         )
 
         def run(qkv, cotangents):
-            rest = (arrays[name] for name in OPERANDS[3:])
+            rest = (arrays[name] for name in calls.OPERANDS[3:])
             _, pullback = jax.vjp(lambda qkv: self.attend(*qkv, *rest), qkv)
             return jax.vmap(pullback)(cotangents)
 
@@ -291,7 +290,7 @@ class Checks:
         """Values and gradients through a loop over the examples."""
         examples = self.examples(3)
         stacked = _stack(examples, dict.fromkeys(examples[0], 0))
-        rest = tuple(stacked[name] for name in OPERANDS[3:])
+        rest = tuple(stacked[name] for name in calls.OPERANDS[3:])
 
         def run(qkv):
             def step(carry, operands):
@@ -315,7 +314,7 @@ class Checks:
             else policies.nothing_saveable
         )
         arrays = inputs.make(self.case)
-        rest = tuple(arrays[name] for name in OPERANDS[3:])
+        rest = tuple(arrays[name] for name in calls.OPERANDS[3:])
 
         @functools.partial(jax.checkpoint, policy=policy)
         def layer(q, k, v):
@@ -344,7 +343,9 @@ class Checks:
         """Maps the packed buffers alone; each gradient buffer has its shape."""
         case = dataclasses.replace(self.case, seqlen_q=14, heads_k=4)
         examples = [inputs.make(case, seed) for seed in range(3)]
-        shared = {name: examples[0][name] for name in (*OPERANDS[3:], *COTANGENTS)}
+        shared = {
+            name: examples[0][name] for name in (*calls.OPERANDS[3:], *COTANGENTS)
+        }
         examples = [example | shared for example in examples]
         axes = dict.fromkeys(examples[0]) | dict.fromkeys("qkv", 0)
         attend = calls.attention(case, packing, implementation=self.implementation)
@@ -359,7 +360,7 @@ class Checks:
         arrays = inputs.make(self.case)
 
         def loss(q):
-            rest = (arrays[name] for name in OPERANDS[1:])
+            rest = (arrays[name] for name in calls.OPERANDS[1:])
             return self.attend(q, *rest)[0].astype(jnp.float32).sum()
 
         def slope(q):

@@ -170,7 +170,7 @@ def test_gradients_under_shard_map(spec_kv, gradients_inside):
 
 def test_values_under_jit_equal_values_without():
     arrays = inputs.make(CHECKS.case)
-    operands = [arrays[name] for name in transforms.OPERANDS]
+    operands = [arrays[name] for name in calls.OPERANDS]
     jitted = jax.jit(CHECKS.attend)(*operands)
     for plain, compiled in zip(CHECKS.attend(*operands), jitted, strict=True):
         np.testing.assert_array_equal(plain, compiled)
@@ -178,7 +178,7 @@ def test_values_under_jit_equal_values_without():
 
 def test_raw_key_draws_what_the_typed_key_draws():
     arrays = inputs.make(CHECKS.case)
-    operands = [arrays[name] for name in transforms.OPERANDS]
+    operands = [arrays[name] for name in calls.OPERANDS]
     raw = jax.random.key_data(operands.pop())
     typed_out, _ = CHECKS.attend(*operands, arrays["dropout_rng"])
     raw_out, _ = CHECKS.attend(*operands, raw)

@@ -23,7 +23,7 @@ def test_candidates_are_few_enough_to_try(head_dim):
 def test_a_candidate_is_a_row_of_the_table():
     row = ROWS[0]
     text = tune.table_row(row.max_head_dim, row.features, tune.Candidate(*row.numbers))
-    table = (tile_table._LAUNCHERS / "sm90_tiles.cc").read_text()
+    table = (tile_table.LAUNCHERS / "sm90_tiles.cc").read_text()
     assert text in table.splitlines()
     assert tune.Candidate(*row.numbers).text == row.text
 

@@ -345,7 +345,6 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
     } else {
       release_staged();
     }
-    // Where the tile lies is worked out again: keeping it would cost registers in the loop above.
     // Where the tile lies is worked out again: kept, it would take registers from the loop above.
     write_rows<Config>(params, order.place(),
                        stages.shared + Shapes::kQueryOffset + query.stage * QueryTile::kBytes, out,
