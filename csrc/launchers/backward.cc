@@ -5,6 +5,7 @@
 #include "launchers/attention_params.h"
 #include "launchers/plan_table.h"
 #include "launchers/specialization.h"
+#include "launchers/tensor_maps.h"
 #include "runtime/device.h"
 
 namespace jax_flash_attn::launchers {
@@ -75,6 +76,29 @@ jfa::BackwardParams backward_params(const BackwardCall& call) {
   return params;
 }
 
+StatusOr<jfa::Sm90BackwardParams> sm90_params(const BackwardCall& call,
+                                              const BackwardSpecialization& specialization,
+                                              const jfa::BackwardParams& backward) {
+  const AttentionShape& shape = call.shape;
+  jfa::Sm90BackwardParams params{};
+  params.backward = backward;
+  const auto fill = [&](jfa::TensorMap& map, const jfa::TensorView& view, std::int64_t seqlen,
+                        std::int64_t heads, int rows) {
+    // A map of nothing can't be made, and none is used.
+    if (seqlen == 0) return Status();
+    return fill_tensor_map(map, view, seqlen, heads, shape.head_dim, rows);
+  };
+  JFA_RETURN_IF_ERROR(fill(params.q, call.q, shape.seqlen_q, shape.heads, specialization.tile_q));
+  JFA_RETURN_IF_ERROR(
+      fill(params.dout, call.dout, shape.seqlen_q, shape.heads, specialization.tile_q));
+  JFA_RETURN_IF_ERROR(fill(params.k, call.k, shape.seqlen_k, shape.heads_k, specialization.tile_k));
+  JFA_RETURN_IF_ERROR(fill(params.v, call.v, shape.seqlen_k, shape.heads_k, specialization.tile_k));
+  constexpr int kWarpRows = 16;  // a warp stores its own
+  JFA_RETURN_IF_ERROR(fill(params.dk, call.dk, shape.seqlen_k, shape.heads_k, kWarpRows));
+  JFA_RETURN_IF_ERROR(fill(params.dv, call.dv, shape.seqlen_k, shape.heads_k, kWarpRows));
+  return params;
+}
+
 }  // namespace
 
 Status prepare_backward(const BackwardCall& call) {
@@ -100,10 +124,15 @@ Status run_backward(const BackwardCall& call, runtime::CUstream stream) {
   JFA_RETURN_IF_ERROR(launch(*plan->preprocess, specialization.preprocess,
                              params.padded_rows / jfa::kWorkspaceRowMultiple * query_heads, stream,
                              &params));
-  JFA_RETURN_IF_ERROR(launch(
-      *plan->main, specialization.main,
-      ceil_div(call.shape.seqlen_k, specialization.tile_k) * call.shape.batch * call.shape.heads_k,
-      stream, &params));
+  const std::int64_t key_tiles =
+      ceil_div(call.shape.seqlen_k, specialization.tile_k) * call.shape.batch * call.shape.heads_k;
+  if (specialization.family == Family::kSm90 && key_tiles > 0) {
+    JFA_ASSIGN_OR_RETURN(const jfa::Sm90BackwardParams sm90,
+                         sm90_params(call, specialization, params));
+    JFA_RETURN_IF_ERROR(launch(*plan->main, specialization.main, key_tiles, stream, &sm90));
+  } else {
+    JFA_RETURN_IF_ERROR(launch(*plan->main, specialization.main, key_tiles, stream, &params));
+  }
   return launch(*plan->postprocess, specialization.postprocess,
                 ceil_div(call.shape.seqlen_q, specialization.tile_q) * query_heads, stream,
                 &params);

@@ -1,13 +1,12 @@
 #include "launchers/forward.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "launchers/attention_params.h"
 #include "launchers/plan_table.h"
 #include "launchers/specialization.h"
+#include "launchers/tensor_maps.h"
 #include "runtime/device.h"
-#include "runtime/tensor_map.h"
 
 namespace jax_flash_attn::launchers {
 namespace {
@@ -16,8 +15,13 @@ using runtime::Status;
 using runtime::StatusOr;
 
 // Of the keys and values that are walked again and again, so much stays in L2 beside the rest: of
-// 50 MB on the smallest Hopper part, a little more than half.
-constexpr std::int64_t kKeyBytesInL2 = std::int64_t{32} << 20;
+// 50 MB on the smallest Hopper part, a little more than half. Short sequences wait for memory, and
+// are up to 12% faster where less is kept at a time; longer ones are up to 5% slower, since a
+// section of few tiles leaves multiprocessors idle at its end (docs/tuning.md).
+std::int64_t key_bytes_in_l2(std::int64_t seqlen_k) {
+  constexpr std::int64_t kShort = 1024;
+  return std::int64_t{seqlen_k <= kShort ? 16 : 32} << 20;
+}
 
 struct ForwardPlan {
   ForwardSpecialization specialization;
@@ -39,24 +43,6 @@ StatusOr<ForwardPlan> make_plan(const ForwardCall& call) {
   JFA_ASSIGN_OR_RETURN(const runtime::Kernel* kernel, load(specialization.main, device.ordinal));
   JFA_ASSIGN_OR_RETURN(const runtime::DeviceInfo* info, runtime::device_info(device.ordinal));
   return ForwardPlan{std::move(specialization), kernel, info->multiprocessors};
-}
-
-// Boxes of 64 columns x `rows` rows of a tensor, one head of one batch entry at a time.
-Status fill_tensor_map(jfa::TensorMap& map, const jfa::TensorView& view, std::int64_t seqlen,
-                       std::int64_t heads, std::int64_t head_dim, int rows) {
-  const auto bytes = [](long long elements) { return static_cast<std::uint64_t>(elements) * 2; };
-  JFA_ASSIGN_OR_RETURN(
-      const runtime::CUtensorMap encoded,
-      runtime::encode_tensor_map(
-          {view.data,
-           {static_cast<std::uint64_t>(head_dim), static_cast<std::uint64_t>(seqlen),
-            static_cast<std::uint64_t>(heads), static_cast<std::uint64_t>(view.batches)},
-           {bytes(view.row_stride), bytes(view.head_stride), bytes(view.batch_stride)},
-           64,
-           static_cast<std::uint32_t>(rows)}));
-  static_assert(sizeof(map) == sizeof(encoded), "both are the driver's 128 bytes");
-  std::memcpy(&map, &encoded, sizeof(map));
-  return Status();
 }
 
 Status run_sm90(const ForwardCall& call, const ForwardPlan& plan, const jfa::ForwardParams& forward,
@@ -82,8 +68,8 @@ Status run_sm90(const ForwardCall& call, const ForwardPlan& plan, const jfa::For
   const std::int64_t group = shape.heads / shape.heads_k;
   const std::int64_t key_bytes = std::max<std::int64_t>(1, 4 * shape.seqlen_k * shape.head_dim);
   params.query_tiles = static_cast<int>(query_tiles);
-  params.section_heads = static_cast<int>(
-      std::min(heads, std::max<std::int64_t>(1, kKeyBytesInL2 / key_bytes) * group));
+  params.section_heads = static_cast<int>(std::min(
+      heads, std::max<std::int64_t>(1, key_bytes_in_l2(shape.seqlen_k) / key_bytes) * group));
   return launch(*plan.kernel, specialization.main,
                 std::min<std::int64_t>(plan.multiprocessors, query_tiles * heads), stream, &params);
 }

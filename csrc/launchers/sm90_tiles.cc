@@ -1,5 +1,7 @@
 #include "launchers/sm90_tiles.h"
 
+#include <cstddef>
+
 #include "launchers/tile_table.h"
 
 namespace jax_flash_attn::launchers::sm90 {
@@ -8,15 +10,18 @@ namespace {
 using runtime::Status;
 using runtime::StatusOr;
 
+template <typename Tiles>
 struct Row {
   int max_head_dim;
   Features features;
-  ForwardTiles tiles;
+  Tiles tiles;
 };
 
 // Rows are tried from the top; the first that serves the head dim and the features is taken.
 //                                tile_q  tile_k  query, key, value stages  prob_buffers
-constexpr Row kForward[] = {
+constexpr Row<ForwardTiles> kForward[] = {
+    {64, Features::kPlain, {192, 128, 2, 2, 2, 1}},
+    {48, Features::kAny, {192, 96, 2, 2, 2, 1}},
     {64, Features::kAny, {192, 128, 2, 2, 2, 1}},
     {96, Features::kAny, {192, 96, 2, 2, 2, 1}},
     {128, Features::kFull, {128, 128, 2, 2, 2, 2}},
@@ -27,18 +32,34 @@ constexpr Row kForward[] = {
     {kAnyHeadDim, Features::kAny, {128, 48, 2, 2, 2, 1}},
 };
 
-}  // namespace
+//                                 tile_q  tile_k  query, dout stages
+constexpr Row<BackwardTiles> kBackward[] = {
+    {128, Features::kNoSoftcap, {64, 128, 2, 2}},
+};
 
-StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, int head_dim,
-                                     const Target& target) {
-  for (const Row& row : kForward) {
+template <typename Tiles, std::size_t kRows, typename SharedBytes>
+StatusOr<Tiles> choose(const Row<Tiles> (&rows)[kRows], const AttentionSpec& spec, int head_dim,
+                       const Target& target, SharedBytes shared_bytes) {
+  for (const Row<Tiles>& row : rows) {
     if (head_dim <= row.max_head_dim && serves(row.features, spec) &&
-        forward_shared_bytes(row.tiles, head_dim) <= target.shared_bytes)
+        shared_bytes(row.tiles, head_dim) <= target.shared_bytes)
       return row.tiles;
   }
   return Status::unimplemented("No tiles of the sm90 family serve head_dim " +
                                std::to_string(head_dim) + " in " +
                                std::to_string(target.shared_bytes) + " bytes of shared memory.");
+}
+
+}  // namespace
+
+StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, int head_dim,
+                                     const Target& target) {
+  return choose(kForward, spec, head_dim, target, forward_shared_bytes);
+}
+
+StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, int head_dim,
+                                       const Target& target) {
+  return choose(kBackward, spec, head_dim, target, backward_shared_bytes);
 }
 
 int forward_shared_bytes(const ForwardTiles& tiles, int head_dim) {
@@ -53,6 +74,25 @@ std::string describe(const ForwardTiles& tiles) {
   return "sm90 " + std::to_string(tiles.tile_q) + "x" + std::to_string(tiles.tile_k) + ", " +
          std::to_string(tiles.tile_q / 64) + " consumers, " + std::to_string(tiles.key_stages) +
          " + " + std::to_string(tiles.value_stages) + " stages";
+}
+
+int backward_shared_bytes(const BackwardTiles& tiles, int head_dim) {
+  const int stages = tiles.query_stages + tiles.dout_stages;
+  const int statistics = stages * tiles.tile_q * 4;
+  const int barriers = 2 * 8 * (stages + 1);
+  return 2 * tile_bytes(tiles.tile_k, head_dim) + stages * tile_bytes(tiles.tile_q, head_dim) +
+         2 * tile_bytes(tiles.tile_q, tiles.tile_k) +
+         tiles.tile_q * ((head_dim + 15) / 16 * 16) * 4 + statistics + barriers;
+}
+
+int backward_postprocess_shared_bytes(const BackwardTiles& tiles, int head_dim) {
+  return tile_bytes(tiles.tile_q, head_dim);
+}
+
+std::string describe(const BackwardTiles& tiles) {
+  return "sm90 " + std::to_string(tiles.tile_q) + "x" + std::to_string(tiles.tile_k) +
+         ", 2 consumers, " + std::to_string(tiles.query_stages) + " + " +
+         std::to_string(tiles.dout_stages) + " stages";
 }
 
 }  // namespace jax_flash_attn::launchers::sm90

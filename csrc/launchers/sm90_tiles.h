@@ -18,14 +18,30 @@ struct ForwardTiles {
   int prob_buffers;  // 2: p v of a key tile runs beside the softmax of the next
 };
 
+struct BackwardTiles {
+  int tile_q;
+  int tile_k;  // 64 for each of the two consumer warpgroups
+  int query_stages;
+  int dout_stages;
+};
+
 // kUnimplemented where no row serves.
 runtime::StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, int head_dim,
                                               const Target& target);
 
+runtime::StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, int head_dim,
+                                                const Target& target);
+
 // Dynamic shared memory and threads of the kernel built from these tiles (sm90/forward.cuh).
 int forward_shared_bytes(const ForwardTiles& tiles, int head_dim);
 int forward_threads(const ForwardTiles& tiles);
+// Of the main and the postprocess kernel (sm90/backward.cuh).
+int backward_shared_bytes(const BackwardTiles& tiles, int head_dim);
+int backward_postprocess_shared_bytes(const BackwardTiles& tiles, int head_dim);
+constexpr int kBackwardThreads = 384;
+constexpr int kBackwardPostprocessThreads = 256;
 
 std::string describe(const ForwardTiles& tiles);
+std::string describe(const BackwardTiles& tiles);
 
 }  // namespace jax_flash_attn::launchers::sm90

@@ -13,6 +13,8 @@ using runtime::StatusOr;
 
 constexpr int kOldestComputeCapability = 80;
 constexpr int kPreprocessThreads = 256;  // portable/backward_preprocess.cuh
+// wgmma and setmaxnreg are in the instruction set of this one architecture, marked by the a.
+constexpr char kHopper[] = "sm_90a";
 
 void constant(std::string& text, const char* name, int value) {
   text += std::string("  static constexpr int ") + name + " = " + std::to_string(value) + ";\n";
@@ -52,6 +54,14 @@ Status check_head_dim(const AttentionShape& shape) {
   if (shape.head_dim > 0 && shape.head_dim <= 256 && shape.head_dim % 8 == 0) return Status();
   return Status::unimplemented("head_dim must be a multiple of 8 up to 256, got " +
                                std::to_string(shape.head_dim) + ".");
+}
+
+bool is_hopper(const Target& target) { return target.architecture == "sm_90"; }
+
+Status check_hopper(const Target& target) {
+  if (is_hopper(target)) return Status();
+  return Status::unimplemented("The sm90 family runs on compute capability 9.0 alone, not on " +
+                               target.architecture + ".");
 }
 
 Status check_fits(int shared_bytes, const Target& target) {
@@ -129,12 +139,104 @@ StatusOr<ForwardSpecialization> sm90_forward(const AttentionSpec& spec, const At
   const std::string source =
       program("sm90/forward.cuh", config, threads, 1, entry, "Sm90ForwardParams",
               "jfa::sm90::forward<Config>(params, shared)");
-  // wgmma and setmaxnreg are in the instruction set of this one architecture, marked by the a.
   return ForwardSpecialization{Family::kSm90,
                                sm90::describe(tiles),
                                tiles.tile_q,
                                tiles.tile_k,
-                               {{source, "sm_90a"}, entry, threads, shared_bytes}};
+                               {{source, kHopper}, entry, threads, shared_bytes}};
+}
+
+KernelSpecialization backward_preprocess(const AttentionShape& shape, const Target& target) {
+  std::string config;
+  element_constants(config, shape);
+  const std::string entry = "flash_backward_preprocess";
+  const std::string source =
+      program("portable/backward_preprocess.cuh", config, kPreprocessThreads, 1, entry,
+              "BackwardParams", "jfa::portable::backward_preprocess<Config>(params)");
+  return {{source, target.architecture}, entry, kPreprocessThreads, 0};
+}
+
+StatusOr<BackwardSpecialization> sm80_backward(const AttentionSpec& spec,
+                                               const AttentionShape& shape, const Target& target,
+                                               const std::optional<TileOverride>& forced) {
+  const int head_dim = static_cast<int>(shape.head_dim);
+  JFA_ASSIGN_OR_RETURN(const sm80::BackwardTiles tiles,
+                       chosen_tiles(forced, spec, head_dim, target, sm80::backward_tiles,
+                                    sm80::backward_shared_bytes));
+  const int shared_bytes = sm80::backward_shared_bytes(tiles, head_dim);
+
+  std::string layout;
+  element_constants(layout, shape);
+  constant(layout, "kTileQ", tiles.tile_q);
+  constant(layout, "kTileK", tiles.tile_k);
+  constant(layout, "kWarps", tiles.warps);
+  constant(layout, "kScoreRowWarps", tiles.score_row_warps);
+  constant(layout, "kKeyRowWarps", tiles.key_row_warps);
+  constant(layout, "kQueryRowWarps", tiles.query_row_warps);
+  constant(layout, "kStages", tiles.stages);
+  constant(layout, "kScoreUnroll", tiles.score_unroll);
+  feature_constants(layout, spec);
+  const std::string postprocess_entry = "flash_backward_postprocess_sm80";
+  const std::string postprocess =
+      program("sm80/backward.cuh", layout, tiles.warps * 32, 1, postprocess_entry, "BackwardParams",
+              "jfa::sm80::backward_postprocess<Config>(params, shared)");
+
+  constant(layout, "kDeterministic", spec.deterministic);
+  const std::string entry = "flash_backward_sm80";
+  const std::string source =
+      program("sm80/backward.cuh", layout, tiles.warps * 32, tiles.ctas, entry, "BackwardParams",
+              "jfa::sm80::backward<Config>(params, shared)");
+  return BackwardSpecialization{
+      Family::kSm80,
+      sm80::describe(tiles),
+      tiles.tile_q,
+      tiles.tile_k,
+      backward_preprocess(shape, target),
+      {{source, target.architecture}, entry, tiles.warps * 32, shared_bytes},
+      {{postprocess, target.architecture},
+       postprocess_entry,
+       tiles.warps * 32,
+       sm80::backward_postprocess_shared_bytes(tiles, head_dim)}};
+}
+
+StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
+                                               const AttentionShape& shape, const Target& target,
+                                               const std::optional<TileOverride>& forced) {
+  if (spec.deterministic || spec.softcap > 0.0) {
+    return Status::unimplemented(
+        "The sm90 family has neither a deterministic backward nor one with softcap.");
+  }
+  const int head_dim = static_cast<int>(shape.head_dim);
+  JFA_ASSIGN_OR_RETURN(const sm90::BackwardTiles tiles,
+                       chosen_tiles(forced, spec, head_dim, target, sm90::backward_tiles,
+                                    sm90::backward_shared_bytes));
+  const int shared_bytes = sm90::backward_shared_bytes(tiles, head_dim);
+
+  std::string config;
+  element_constants(config, shape);
+  constant(config, "kTileQ", tiles.tile_q);
+  constant(config, "kTileK", tiles.tile_k);
+  constant(config, "kQueryStages", tiles.query_stages);
+  constant(config, "kDoutStages", tiles.dout_stages);
+  feature_constants(config, spec);
+  const std::string postprocess_entry = "flash_backward_postprocess_sm90";
+  const std::string postprocess =
+      program("sm90/backward.cuh", config, sm90::kBackwardPostprocessThreads, 1, postprocess_entry,
+              "BackwardParams", "jfa::sm90::backward_postprocess<Config>(params, shared)");
+  const std::string entry = "flash_backward_sm90";
+  const std::string source =
+      program("sm90/backward.cuh", config, sm90::kBackwardThreads, 1, entry, "Sm90BackwardParams",
+              "jfa::sm90::backward<Config>(params, shared)");
+  return BackwardSpecialization{Family::kSm90,
+                                sm90::describe(tiles),
+                                tiles.tile_q,
+                                tiles.tile_k,
+                                backward_preprocess(shape, target),
+                                {{source, kHopper}, entry, sm90::kBackwardThreads, shared_bytes},
+                                {{postprocess, kHopper},
+                                 postprocess_entry,
+                                 sm90::kBackwardPostprocessThreads,
+                                 sm90::backward_postprocess_shared_bytes(tiles, head_dim)}};
 }
 
 }  // namespace
@@ -180,12 +282,8 @@ StatusOr<ForwardSpecialization> specialize_forward(const AttentionSpec& spec,
                                                    const Target& target,
                                                    const std::optional<TileOverride>& forced) {
   JFA_RETURN_IF_ERROR(check_head_dim(shape));
-  const bool is_hopper = target.architecture == "sm_90";
-  if (forced ? forced->family == "sm90" : is_hopper) {
-    if (!is_hopper) {
-      return Status::unimplemented("The sm90 family runs on compute capability 9.0 alone, not on " +
-                                   target.architecture + ".");
-    }
+  if (forced ? forced->family == "sm90" : is_hopper(target)) {
+    JFA_RETURN_IF_ERROR(check_hopper(target));
     return sm90_forward(spec, shape, target, forced);
   }
   return sm80_forward(spec, shape, target, forced);
@@ -196,50 +294,15 @@ StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
                                                      const Target& target,
                                                      const std::optional<TileOverride>& forced) {
   JFA_RETURN_IF_ERROR(check_head_dim(shape));
-  const int head_dim = static_cast<int>(shape.head_dim);
-  JFA_ASSIGN_OR_RETURN(const sm80::BackwardTiles tiles,
-                       chosen_tiles(forced, spec, head_dim, target, sm80::backward_tiles,
-                                    sm80::backward_shared_bytes));
-  const int shared_bytes = sm80::backward_shared_bytes(tiles, head_dim);
-
-  std::string element;
-  element_constants(element, shape);
-  const std::string preprocess_entry = "flash_backward_preprocess";
-  const std::string preprocess =
-      program("portable/backward_preprocess.cuh", element, kPreprocessThreads, 1, preprocess_entry,
-              "BackwardParams", "jfa::portable::backward_preprocess<Config>(params)");
-
-  std::string layout;
-  element_constants(layout, shape);
-  constant(layout, "kTileQ", tiles.tile_q);
-  constant(layout, "kTileK", tiles.tile_k);
-  constant(layout, "kWarps", tiles.warps);
-  constant(layout, "kScoreRowWarps", tiles.score_row_warps);
-  constant(layout, "kKeyRowWarps", tiles.key_row_warps);
-  constant(layout, "kQueryRowWarps", tiles.query_row_warps);
-  constant(layout, "kStages", tiles.stages);
-  constant(layout, "kScoreUnroll", tiles.score_unroll);
-  feature_constants(layout, spec);
-  const std::string postprocess_entry = "flash_backward_postprocess_sm80";
-  const std::string postprocess =
-      program("sm80/backward.cuh", layout, tiles.warps * 32, 1, postprocess_entry, "BackwardParams",
-              "jfa::sm80::backward_postprocess<Config>(params, shared)");
-
-  constant(layout, "kDeterministic", spec.deterministic);
-  const std::string entry = "flash_backward_sm80";
-  const std::string source =
-      program("sm80/backward.cuh", layout, tiles.warps * 32, tiles.ctas, entry, "BackwardParams",
-              "jfa::sm80::backward<Config>(params, shared)");
-  return BackwardSpecialization{
-      sm80::describe(tiles),
-      tiles.tile_q,
-      tiles.tile_k,
-      {{preprocess, target.architecture}, preprocess_entry, kPreprocessThreads, 0},
-      {{source, target.architecture}, entry, tiles.warps * 32, shared_bytes},
-      {{postprocess, target.architecture},
-       postprocess_entry,
-       tiles.warps * 32,
-       sm80::backward_postprocess_shared_bytes(tiles, head_dim)}};
+  const auto has_sm90 = [&] {
+    return is_hopper(target) && !spec.deterministic &&
+           sm90::backward_tiles(spec, static_cast<int>(shape.head_dim), target).ok();
+  };
+  if (forced ? forced->family == "sm90" : has_sm90()) {
+    JFA_RETURN_IF_ERROR(check_hopper(target));
+    return sm90_backward(spec, shape, target, forced);
+  }
+  return sm80_backward(spec, shape, target, forced);
 }
 
 }  // namespace jax_flash_attn::launchers

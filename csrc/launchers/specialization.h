@@ -32,6 +32,7 @@ struct ForwardSpecialization {
 };
 
 struct BackwardSpecialization {
+  Family family;
   std::string tiles;
   int tile_q;
   int tile_k;

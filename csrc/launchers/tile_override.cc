@@ -28,6 +28,7 @@ constexpr Overridable kOverridable[] = {
     {"forward", "sm80", kNumbers<sm80::ForwardTiles>},
     {"backward", "sm80", kNumbers<sm80::BackwardTiles>},
     {"forward", "sm90", kNumbers<sm90::ForwardTiles>},
+    {"backward", "sm90", kNumbers<sm90::BackwardTiles>},
 };
 
 struct Overrides {

@@ -16,13 +16,13 @@ EVERYTHING = {
     "softcap": 20.0,
     "alibi": True,
     "dropout_p": 0.1,
-    "deterministic": True,
 }
 
 FEATURES = {
     "plain": {},
     "causal": {"window_right": 0},
     "everything": EVERYTHING,
+    "everything_deterministic": EVERYTHING | {"deterministic": True},
     "window": {"window_left": 100, "window_right": 50},
     "softcap": {"softcap": 20.0},
     "alibi": {"alibi": True},
@@ -30,6 +30,7 @@ FEATURES = {
     "deterministic": {"deterministic": True},
     "causal_dropout": {"window_right": 0, "dropout_p": 0.1},
     "causal_alibi": {"window_right": 0, "alibi": True},
+    "causal_dropout_alibi": {"window_right": 0, "dropout_p": 0.1, "alibi": True},
     "causal_deterministic": {"window_right": 0, "deterministic": True},
     "negative_scale": {"softmax_scale": -0.1},
 }
@@ -70,8 +71,8 @@ def cells(architectures, head_dims, features, dtypes=("bfloat16",)):
 
 
 def older_family(head_dims, features):
-    """The sm80 family on sm_90, where its forward runs only when it is asked for."""
-    product = itertools.product(["forward"], ["sm_90"], head_dims, features)
+    """The sm80 family on sm_90, where it runs what the sm90 family does not take."""
+    product = itertools.product(OPERATIONS, ["sm_90"], head_dims, features)
     return [Cell(*values, "bfloat16", "sm80") for values in product]
 
 
@@ -80,10 +81,18 @@ COVERING = list(
     dict.fromkeys(
         [
             *cells(["sm_90"], EDGES, ["plain", "causal", "everything"]),
-            *older_family(EDGES, ["plain", "everything"]),
-            *cells(["sm_80", "sm_86"], EDGES, ["plain", "everything"], ["float16"]),
+            *cells(["sm_90"], [40, 64, 128], ["causal_dropout_alibi", "dropout"]),
+            *older_family(EDGES, ["plain", "everything_deterministic"]),
+            *cells(
+                ["sm_80", "sm_86"],
+                EDGES,
+                ["plain", "everything_deterministic"],
+                ["float16"],
+            ),
             *cells(["sm_90"], [8, 40, 96, 160, 224], ["everything"], ["float16"]),
-            *cells(["sm_89", "sm_100", "sm_120"], [64, 256], ["everything"]),
+            *cells(
+                ["sm_89", "sm_100", "sm_120"], [64, 256], ["everything_deterministic"]
+            ),
             *cells(["sm_89", "sm_100", "sm_120"], [128], ["plain"], ["float16"]),
         ]
     )

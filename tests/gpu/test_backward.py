@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jax_flash_attn
+from jax_flash_attn import testing
 from tests.support import calls, cases, inputs, kernel_cases, oracle
 
 pytestmark = pytest.mark.gpu
@@ -29,6 +30,15 @@ DETERMINISTIC = (
 @pytest.mark.parametrize("case", kernel_cases.PARAMS)
 def test_gradients(case, kernel_results, expected):
     oracle.check(kernel_results(case), expected[case], GRADIENTS)
+
+
+@pytest.mark.parametrize("case", kernel_cases.PARAMS)
+def test_portable_family(case, expected):
+    """What runs where there is no family for the device alone."""
+    with testing.override_tiles("backward", "sm80"):
+        results = calls.run(case, implementation="cuda")
+        jax.block_until_ready(results)
+    oracle.check(results, expected[case], GRADIENTS)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,11 @@ class Row:
         return self.features != "kFull"
 
     @property
+    def serves_dropout(self) -> bool:
+        """Whether the row is for dropout and ALiBi, too."""
+        return self.features in ("kNoSoftcap", "kAny")
+
+    @property
     def serves_features(self) -> bool:
         """Whether the row is for dropout, ALiBi and softcap, too."""
         return self.features == "kAny"

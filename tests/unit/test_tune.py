@@ -5,7 +5,11 @@ import pytest
 from benchmarks import tune
 from tests.support import tile_table
 
-ROWS = [row for row in tile_table.rows() if row.family == "sm90"]
+ROWS = [
+    row
+    for row in tile_table.rows()
+    if (row.family, row.operation) == ("sm90", "forward")
+]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -325,4 +325,29 @@ __device__ __forceinline__ void contain_dk_dv(const BackwardParams& params, int 
   }
 }
 
+// What a postprocess kernel does behind its stores: contains dq of its query tile, where a row of
+// it is not finite, and its share of dk and dv, where the main kernel left a mark. Threads: all of
+// the CTA, which has `warps` warps.
+template <class Config>
+__device__ __forceinline__ void contain_gradients(const BackwardParams& params,
+                                                  const GridPlace& place, bool spoilt, int warps) {
+  if constexpr (Config::kWindowed) {
+    const AttentionParams& attention = params.attention;
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    if (spoilt) {
+      __syncthreads();  // contain_dq reads rows that other warps stored
+      contain_dq<Config>(params, place.batch, place.head, place.tile * Config::kTileQ, warp, warps);
+    }
+    // The CTAs of a group share the keys of its head.
+    const int group = attention.heads / attention.heads_k;
+    const int head_k = place.head / group;
+    if (params.spoilt[place.batch * attention.heads + head_k * group] != 0) {
+      const int query_tiles = (attention.seqlen_q + Config::kTileQ - 1) / Config::kTileQ;
+      const int cta = place.head % group * query_tiles + place.tile;
+      contain_dk_dv<Config>(params, place.batch, head_k, cta * warps + warp,
+                            group * query_tiles * warps);
+    }
+  }
+}
+
 }  // namespace jfa::attention

@@ -51,11 +51,13 @@ struct Dropout {
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
       bool kept[4];
-      keep(kept, layout.query(m, 0), layout.key(2 * pair, column));
+      keep(kept, layout.query(m, 2 * pair, column), layout.key(m, 2 * pair, column));
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int side = 0; side < 2; ++side) visit(side, 2 * half + column, kept[2 * half + side]);
+        for (int side = 0; side < 2; ++side)
+          visit(side, 2 * half + column,
+                kept[Layout::kTransposed ? 2 * side + half : 2 * half + side]);
     }
   }
 

@@ -1,13 +1,17 @@
-// Where the elements of a warp's score accumulator lie in the score matrix.
+// Where the elements of a warp's score accumulator lie in the score matrix. Both layouts answer for
+// element i of accumulator (m, n); a thread owns {q, q + 8} x {k, k + 8} of every 16x16 block in
+// either.
 #pragma once
 
 #include <ptx/special_register.cuh>
 
 namespace jfa::attention {
 
-// Row tile m covers queries from kRowStride * m on, column pair p keys from kColumnStride * p on.
+// Rows are queries. Row tile m covers queries from kRowStride * m on, column pair p keys from
+// kColumnStride * p on.
 template <int kRowStride, int kColumnStride>
 struct ScoreLayout {
+  static constexpr bool kTransposed = false;
   int first_query;  // of this lane
   int first_key;
 
@@ -18,15 +22,39 @@ struct ScoreLayout {
     first_key = warp_key + lane % 4 * 2;
   }
 
-  // Element i of accumulator (m, n).
-  __device__ __forceinline__ int query(int m, int i) const {
+  __device__ __forceinline__ int query(int m, int /*n*/, int i) const {
     return first_query + m * kRowStride + i / 2 * 8;
   }
-  __device__ __forceinline__ int key(int n, int i) const { return first_key + key_offset(n, i); }
+  __device__ __forceinline__ int key(int /*m*/, int n, int i) const {
+    return first_key + column_offset(n, i);
+  }
 
-  static __device__ constexpr int key_offset(int n, int i) {
+  static __device__ constexpr int column_offset(int n, int i) {
     return n / 2 * kColumnStride + n % 2 * 8 + i % 2;
   }
+};
+
+// Rows are keys: scores^T of one 16-row block.
+struct TransposedScoreLayout {
+  static constexpr bool kTransposed = true;
+  int first_query;  // of this lane
+  int first_key;
+
+  // Threads: a whole warp, with the first query and key of the warp's first 16x16 block.
+  __device__ __forceinline__ TransposedScoreLayout(int warp_query, int warp_key) {
+    const int lane = ptx::reread_lane();
+    first_query = warp_query + lane % 4 * 2;
+    first_key = warp_key + lane / 4;
+  }
+
+  __device__ __forceinline__ int query(int /*m*/, int n, int i) const {
+    return first_query + column_offset(n, i);
+  }
+  __device__ __forceinline__ int key(int m, int /*n*/, int i) const {
+    return first_key + m * 16 + i / 2 * 8;
+  }
+
+  static __device__ constexpr int column_offset(int n, int i) { return n * 8 + i % 2; }
 };
 
 }  // namespace jfa::attention

@@ -2,6 +2,7 @@
 // mask, in that order. A feature that Config leaves off leaves no instruction.
 #pragma once
 
+#include <attention/score_layout.cuh>
 #include <attention/visible_range.cuh>
 #include <params/attention_params.h>
 #include <ptx/math.cuh>
@@ -79,7 +80,7 @@ struct ScoreTransform {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             float& value = scores.values[m][n][i];
-            value = score(value, layout.query(m, i), layout.key(n, i));
+            value = score(value, layout.query(m, n, i), layout.key(m, n, i));
           }
     }
   }
@@ -100,23 +101,44 @@ struct ScoreTransform {
 template <class Config, class Acc, class Layout>
 __device__ __forceinline__ void mask_scores(Acc& scores, const Layout& layout,
                                             const VisibleRange<Config>& range) {
+  static_assert(!Layout::kTransposed, "rows are queries");
 #pragma unroll
   for (int m = 0; m < Acc::kRowTiles; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Relative to this lane's first key, so that each comparison is with a constant.
-      const int query = layout.query(m, 2 * half);
+      const int query = layout.query(m, 0, 2 * half);
       const int last = range.last_visible(query) - layout.first_key;
       const int first = range.first_visible(query) - layout.first_key;
 #pragma unroll
       for (int n = 0; n < Acc::kColumnTiles; ++n)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const int key = Layout::key_offset(n, c);
+          const int key = Layout::column_offset(n, c);
           if (key > last || (Config::kWindowed && key < first))
             scores.values[m][n][2 * half + c] = -ptx::infinity();
         }
     }
+}
+
+// The same for scores^T, whose rows are keys.
+template <class Config, class Acc>
+__device__ __forceinline__ void mask_scores(Acc& scores, const TransposedScoreLayout& layout,
+                                            const VisibleRange<Config>& range) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int key = layout.key(0, 0, 2 * half);
+    const int last = range.last_seeing(key) - layout.first_query;
+    const int first = range.first_seeing(key) - layout.first_query;
+#pragma unroll
+    for (int n = 0; n < Acc::kColumnTiles; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int query = TransposedScoreLayout::column_offset(n, c);
+        if (query > last || (Config::kWindowed && query < first))
+          scores.values[0][n][2 * half + c] = -ptx::infinity();
+      }
+  }
 }
 
 }  // namespace jfa::attention

@@ -37,6 +37,16 @@ struct VisibleRange {
     return Config::kWindowed ? min(seqlen_k - 1, query + right) : seqlen_k - 1;
   }
 
+  // The queries that see a key, first and last; none see a key that does not exist. Queries that
+  // do not exist have no probabilities to hide.
+  __device__ __forceinline__ int first_seeing(int key) const {
+    return Config::kWindowed ? key - right : 0;
+  }
+  __device__ __forceinline__ int last_seeing(int key) const {
+    if (key >= seqlen_k) return -1;
+    return Config::kWindowed ? min(seqlen_q - 1, key - left) : seqlen_q - 1;
+  }
+
   __device__ __forceinline__ Range visible_keys(int query) const {
     return {max(0, first_visible(query)), last_visible(query) + 1};
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <params/attention_params.h>
+#include <params/tensor_map.h>
 
 namespace jfa {
 
@@ -32,6 +33,17 @@ struct BackwardParams {
   int dlse_batches;
   int padded_rows;
   int padded_columns;
+};
+
+// What the sm90 kernel is given on top: tensors for the copy engine.
+struct Sm90BackwardParams {
+  TensorMap q;  // boxes of 64 columns x kTileQ rows
+  TensorMap dout;
+  TensorMap k;  // 64 columns x kTileK rows
+  TensorMap v;
+  TensorMap dk;  // 64 columns x 16 rows
+  TensorMap dv;
+  BackwardParams backward;
 };
 
 }  // namespace jfa

@@ -24,4 +24,15 @@ __device__ __forceinline__ void store_matrices(unsigned shared, const unsigned (
 #endif
 }
 
+#if __CUDA_ARCH__ >= 900
+// The same, each matrix transposed on the way: a row in memory is a column of the accumulator.
+__device__ __forceinline__ void store_matrices_transposed(unsigned shared,
+                                                          const unsigned (&words)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+      "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
+}
+#endif
+
 }  // namespace jfa::ptx

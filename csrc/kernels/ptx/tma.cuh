@@ -26,6 +26,17 @@ __device__ __forceinline__ void tma_load(unsigned shared, const TensorMap& map, 
       : "memory");
 }
 
+// Starts the copy of contiguous bytes to shared memory; they count towards the barrier's phase.
+// Threads: one. Needs: addresses and size multiples of 16.
+__device__ __forceinline__ void bulk_load(unsigned shared, const void* global, int bytes,
+                                          unsigned barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // Starts the copy of a box to global memory as part of this thread's open bulk group.
 // Threads: one. Needs: the writers' fence_async_proxy() and a barrier before it.
 __device__ __forceinline__ void tma_store(const TensorMap& map, unsigned shared, int column,
@@ -34,6 +45,17 @@ __device__ __forceinline__ void tma_store(const TensorMap& map, unsigned shared,
       "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
           &map),
       "r"(shared), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+// Starts the addition of contiguous floats in shared memory to as many in global memory, as part of
+// this thread's open bulk group.
+// Threads: one. Needs: the writers' fence_async_proxy() and a barrier before it; addresses and size
+// multiples of 16.
+__device__ __forceinline__ void bulk_reduce_add(float* global, const float* shared, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
+      "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "r"(bytes)
       : "memory");
 }
 

@@ -163,7 +163,7 @@ __device__ __forceinline__ void exponentiate(Scores& scores, const Layout& layou
   for (int m = 0; m < Scores::kRowTiles; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float row_lse = lse[layout.query(m, 2 * half) - first_query];
+      const float row_lse = lse[layout.query(m, 0, 2 * half) - first_query];
 #pragma unroll
       for (int n = 0; n < Scores::kColumnTiles; ++n)
 #pragma unroll
@@ -184,7 +184,7 @@ __device__ __forceinline__ void differentiate_softmax(
   for (int m = 0; m < Scores::kRowTiles; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int query = layout.query(m, 2 * half);
+      const int query = layout.query(m, 0, 2 * half);
       const float row_delta = delta[query - first_query];
 #pragma unroll
       for (int n = 0; n < Scores::kColumnTiles; ++n)
@@ -198,7 +198,7 @@ __device__ __forceinline__ void differentiate_softmax(
             prob = fabsf(prob);
           }
           value = transform.dscore(prob, value, row_delta, lse[query - first_query], query,
-                                   layout.key(n, i));
+                                   layout.key(m, n, i));
         }
     }
 }
@@ -446,21 +446,7 @@ __device__ __forceinline__ void backward_postprocess(const BackwardParams& param
   tile::store_rows<typename Shapes::QueryTile, Config::kHeadDim, Shapes::kThreads>(
       shared, attention::head_address(params.dq, place.batch, place.head), params.dq.row_stride,
       first_query, attention.seqlen_q);
-  if constexpr (Config::kWindowed) {
-    if (spoilt) {
-      __syncthreads();  // contain_dq reads rows that other warps stored
-      attention::contain_dq<Config>(params, place.batch, place.head, first_query, warp,
-                                    Config::kWarps);
-    }
-    // The CTAs of a group share the keys of its head.
-    const int group = attention.heads / attention.heads_k;
-    const int head_k = place.head / group;
-    if (params.spoilt[place.batch * attention.heads + head_k * group] != 0) {
-      const int cta = place.head % group * query_tiles + place.tile;
-      attention::contain_dk_dv<Config>(params, place.batch, head_k, cta * Config::kWarps + warp,
-                                       group * query_tiles * Config::kWarps);
-    }
-  }
+  attention::contain_gradients<Config>(params, place, spoilt, Config::kWarps);
 }
 
 }  // namespace jfa::sm80

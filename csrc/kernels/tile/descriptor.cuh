@@ -62,6 +62,21 @@ __device__ __forceinline__ void start_row_product(Acc& acc, const RowDescriptor<
   ptx::wgmma_commit();
 }
 
+// Starts acc = A * B, over the first 16 * kSteps columns of A and rows of B, as one batch.
+// Threads: a whole warpgroup, warp-uniform arguments.
+template <class Element, int kSteps, class Acc, class TileA, class TileB>
+__device__ __forceinline__ void start_shared_product(Acc& acc, const RowDescriptor<TileA>& a,
+                                                     unsigned a_offset,
+                                                     const ColumnDescriptor<TileB>& b,
+                                                     unsigned b_offset) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+    ptx::Wgmma<Element, Acc::kColumnTiles * 8>::template multiply<true>(
+        acc.values[0], a.at(a_offset, step), b.at(b_offset, step), step > 0);
+  ptx::wgmma_commit();
+}
+
 // Starts acc += A * B with A in registers, over the first 16 * kSteps rows of B, as one batch.
 // Threads: a whole warpgroup, warp-uniform arguments.
 template <class Element, int kSteps, class Acc, class TileB>

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <ptx/ldmatrix.cuh>
+#include <ptx/special_register.cuh>
 #include <ptx/stmatrix.cuh>
 #include <tile/shared_tile.cuh>
 
@@ -166,5 +167,23 @@ __device__ __forceinline__ void store_accumulator(unsigned origin, unsigned tile
       ptx::store_matrices(view.at(m * kRowStride, n * kColumn16Stride), words);
     }
 }
+
+#if __CUDA_ARCH__ >= 900
+// Stores packed accumulators of one 16-row block transposed: rows of the tile are columns of the
+// accumulator, from row 0 on, and its columns the block's rows, from `first_column16` on.
+// Threads: a whole warp.
+template <class Tile, int kSteps>
+__device__ __forceinline__ void store_transposed(unsigned tile,
+                                                 const RegisterOperand<1, kSteps>& source,
+                                                 int first_column16) {
+  const int lane = ptx::reread_lane();
+  const int row = lane % 8 + lane / 16 * 8;
+  const int chunk = 2 * first_column16 + lane / 8 % 2;
+  const unsigned target = tile + Tile::offset(row, chunk);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+    ptx::store_matrices_transposed(target + step * 16 * kPanelRowBytes, source.words[0][step]);
+}
+#endif
 
 }  // namespace jfa::tile

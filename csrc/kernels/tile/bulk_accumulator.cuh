@@ -1,0 +1,63 @@
+// A tile of fp32 sums in global memory to which warpgroups of many CTAs add with the copy engine
+// (sm_90). Its layout is the order in which the lanes of each warp hold their fragments, so that a
+// warp's share is contiguous; only an accumulator of the same shape can read it back.
+//
+// Additions from registers (`red.global.add.v4.f32`) took a fifth of the backward's time on an
+// H100: they go through the pipe that the products' operands need (docs/tuning.md).
+#pragma once
+
+#include <ptx/tma.cuh>
+#include <ptx/warpgroup.cuh>
+
+namespace jfa::tile {
+
+// Acc: what one warpgroup adds or loads.
+template <class Acc>
+struct BulkAccumulator {
+  static_assert(Acc::kRowTiles == 1, "a warp of a warpgroup holds one 16-row block");
+  static constexpr int kWarpFloats = Acc::kColumnTiles * 32 * 4;
+  static constexpr int kWarpBytes = kWarpFloats * 4;
+  static constexpr int kBytes = 4 * kWarpBytes;
+
+  float* data;  // of the warpgroup
+
+  static __device__ __forceinline__ int warp_offset() {
+    return static_cast<int>(threadIdx.x) % 128 / 32 * kWarpFloats;
+  }
+  static __device__ __forceinline__ int lane_offset() {
+    return static_cast<int>(threadIdx.x) % 32 * 4;
+  }
+
+  // Adds by way of kBytes of shared memory, which the copy engine may still read until the next
+  // call or bulk_wait_read. Threads: a whole warp, the same at each call.
+  __device__ __forceinline__ void add(const Acc& acc, unsigned char* staging) const {
+    float* const staged = reinterpret_cast<float*>(staging) + warp_offset();
+    const bool elected = ptx::elect_lane();
+    if (elected) ptx::bulk_wait_read();
+    __syncwarp();  // the last addition has read what it staged
+#pragma unroll
+    for (int n = 0; n < Acc::kColumnTiles; ++n)
+      *reinterpret_cast<float4*>(staged + lane_offset() + n * 128) = make_float4(
+          acc.values[0][n][0], acc.values[0][n][1], acc.values[0][n][2], acc.values[0][n][3]);
+    ptx::fence_async_proxy();
+    __syncwarp();  // all lanes have staged
+    if (elected) {
+      ptx::bulk_reduce_add(data + warp_offset(), staged, kWarpBytes);
+      ptx::bulk_commit();
+    }
+  }
+
+  __device__ __forceinline__ void load(Acc& acc) const {
+    const float* const source = data + warp_offset() + lane_offset();
+#pragma unroll
+    for (int n = 0; n < Acc::kColumnTiles; ++n) {
+      const float4 sums = *reinterpret_cast<const float4*>(source + n * 128);
+      acc.values[0][n][0] = sums.x;
+      acc.values[0][n][1] = sums.y;
+      acc.values[0][n][2] = sums.z;
+      acc.values[0][n][3] = sums.w;
+    }
+  }
+};
+
+}  // namespace jfa::tile
