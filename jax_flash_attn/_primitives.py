@@ -92,7 +92,7 @@ def _forward_like(*flat: jax.Array, spec: _spec.AttentionSpec) -> list[jax.Array
     q = flat[0][..., 0, :, :] if spec.packing == "qkv" else flat[0]
     out = _with_whole_batch(q, q_role, list(zip(flat, roles, strict=True)))
     lse_dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
-    return [out, out[..., 0].astype(lse_dtype).swapaxes(-1, -2)]
+    return [out, out.sum(axis=-1).astype(lse_dtype).swapaxes(-1, -2)]
 
 
 def _backward_like(
