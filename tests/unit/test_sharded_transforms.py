@@ -179,18 +179,13 @@ def test_pmap():
     )
 
 
-@pytest.mark.parametrize(
-    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
-)
-def test_vmap_with_spmd_axis_name(axis_type):
+def test_vmap_with_spmd_axis_name():
     """What is constrained inside is split over the mapped axis, too."""
-    mesh = make_mesh(axis_type)
+    mesh = make_mesh()
     inside = NamedSharding(mesh, Spec(None, None, "model"))
 
     def constrained(q, k, v):
-        if axis_type == AxisType.Auto:
-            q = jax.lax.with_sharding_constraint(q, inside)
-        return attend(q, k, v)
+        return attend(jax.lax.with_sharding_constraint(q, inside), k, v)
 
     mapped = jax.vmap(constrained, spmd_axis_name="data")
 
@@ -198,7 +193,6 @@ def test_vmap_with_spmd_axis_name(axis_type):
         grouped = (x.reshape(4, 2, *x.shape[1:]) for x in (q, k, v))
         return mapped(*grouped).reshape(q.shape)
 
-    run = layered.with_gradients(layered.network(pairs))
-    results, found = run_on(mesh, run)
+    results, found = run_on(mesh, layered.with_gradients(layered.network(pairs)))
     assert found == set()
     layered.check(CASE, results)
