@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 # Private, and without them a call is right and unsplit.
 try:
@@ -68,6 +68,17 @@ def is_manual(ctx: Any) -> bool:
     return bool(getattr(ctx.module_context.axis_context, "manual_axes", ()))
 
 
+def is_export_of_automatic_sharding(ctx: Any) -> bool:
+    """Whether this lowers for `jax.export` what XLA is to split over devices."""
+    context = ctx.module_context.axis_context
+    return (
+        ctx.module_context.lowering_parameters.for_export
+        and getattr(context, "num_devices", 1) > 1
+        and not is_manual(ctx)
+        and explicit_mesh(ctx) is None
+    )
+
+
 def partitioned_mesh(ctx: Any) -> Mesh | None:
     """The mesh over which XLA splits the program that is lowered.
 
@@ -87,6 +98,21 @@ def partitioned_mesh(ctx: Any) -> Mesh | None:
     return thread_resources.env.physical_mesh  # of `with mesh:`
 
 
+def explicit_mesh(ctx: Any) -> AbstractMesh | None:
+    """The mesh that types split operands over; None where XLA, too, may split them."""
+    meshes = (x.sharding.mesh for x in ctx.avals_in)
+    mesh = next((mesh for mesh in meshes if explicit_axes(mesh)), None)
+    if mesh is None or AxisType.Auto in mesh.axis_types:
+        return None
+    return mesh
+
+
+def explicit_axes(mesh: AbstractMesh) -> set[str]:
+    """The mesh axes over which types say what is split."""
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in axes if kind == AxisType.Explicit}
+
+
 def no_mesh() -> contextlib.AbstractContextManager[Any]:
     """Inside, arrays are one device's: an Explicit mesh around has no say in them."""
     return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
@@ -95,6 +121,11 @@ def no_mesh() -> contextlib.AbstractContextManager[Any]:
 def without_shardings(avals: Any) -> list[Any]:
     """The abstract values with shape and dtype alone."""
     return [jax.core.ShapedArray(x.shape, x.dtype) for x in avals]
+
+
+def without_varying_axes(avals: Any) -> list[Any]:
+    """The abstract values with shape, dtype and sharding alone."""
+    return [jax.core.ShapedArray(x.shape, x.dtype, sharding=x.sharding) for x in avals]
 
 
 def partitioned(

@@ -223,10 +223,12 @@ def _register(
             obstacle = obstacle or _support.machine_obstacle()
             if obstacle is None:
                 chosen = kernel
+                if _compat.is_export_of_automatic_sharding(ctx):
+                    _support.warn_of_unsplit_export()
             elif params["implementation"] == "cuda":
                 raise NotImplementedError(obstacle)
             else:
-                _support.warn_once(obstacle)
+                _support.warn_of_fallback(obstacle)
         return lower(chosen, ctx, operands, **params)
 
     def differentiate_again(*_: Any, **__: Any) -> Any:

@@ -137,7 +137,7 @@ def test_shard_map_over_axes_one_by_one(check_vma):
     ],
 )
 def test_shard_map_over_one_axis(specs, communication, axis_type, check_vma):
-    """XLA gathers, around a kernel, what the other axis splits."""
+    """What the other axis splits XLA gathers, or at the border of `shard_map` JAX."""
     mesh = make_mesh(axis_type)
     run = layered.with_gradients(layered.network(attend))
     batch, layers = Spec("data"), Spec(None, "data")
@@ -150,6 +150,8 @@ def test_shard_map_over_one_axis(specs, communication, axis_type, check_vma):
         check_vma=check_vma,
     )
     results, found = run_on(mesh, sharded, specs)
+    if axis_type == AxisType.Explicit:
+        communication = communication - {"all-reduce"}
     assert found <= communication
     layered.check(CASE, results)
 
