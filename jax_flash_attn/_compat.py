@@ -58,6 +58,16 @@ def cast_to_common_varying(*operands: jax.Array | None) -> tuple[jax.Array | Non
     )
 
 
+CACHE_KEY_OPTION = "jax_remove_custom_partitioning_ptr_from_cache_key"
+"""What lets a second process find, in JAX's compilation cache, programs with
+`custom_partitioning`; JAX may drop it."""
+
+
+def needs_cache_key_option() -> bool:
+    """Whether JAX's compilation cache misses automatically split programs."""
+    return not getattr(jax.config, CACHE_KEY_OPTION, True)
+
+
 def require_devices_to_lower(primitive: Primitive) -> None:
     """Has JAX say, to the lowering of a primitive, for which devices it lowers."""
     prim_requires_devices_during_lowering.add(primitive)
