@@ -1,5 +1,7 @@
 """Exported programs: what a fresh process computes, and what kernels get."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from jax import export
@@ -14,7 +16,8 @@ CUSTOM_CALLS = [
 
 CALL_ALL = """
 import contextlib
-import jax
+import dataclasses
+
 import numpy as np
 from jax import export
 from tests.support import partitioning, programs
@@ -32,8 +35,9 @@ for way in ways:
 """
 
 
-def exported(way, dtype="float32", **options):
-    program, operands, context = programs.build(way, dtype)
+def exported(way, dtype=programs.CASE.dtype, **options):
+    case = dataclasses.replace(programs.CASE, dtype=dtype)
+    program, operands, context = programs.build(way, case)
     with context:
         return export.export(program, **options)(*operands)
 
