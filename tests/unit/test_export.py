@@ -15,9 +15,7 @@ CUSTOM_CALLS = [
 ]
 
 CALL_ALL = """
-import contextlib
-import dataclasses
-
+import jax
 import numpy as np
 from jax import export
 from tests.support import partitioning, programs
