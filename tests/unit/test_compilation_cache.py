@@ -4,6 +4,8 @@ import pytest
 
 from tests.support import jax_child, programs
 
+pytestmark = pytest.mark.core
+
 PROGRAM = """
 import jax
 from tests.support import programs

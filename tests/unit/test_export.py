@@ -9,6 +9,8 @@ from jax import export
 from jax_flash_attn import _support
 from tests.support import jax_child, oracle, programs
 
+pytestmark = pytest.mark.core
+
 CUSTOM_CALLS = [
     export.DisabledSafetyCheck.custom_call(f"flash_attention_{name}")
     for name in ("forward", "backward")

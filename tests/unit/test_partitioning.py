@@ -13,6 +13,8 @@ from tests.support import calls, inputs, oracle, partitioning
 from tests.support.cases import Case
 from tests.support.partitioning import Split
 
+pytestmark = pytest.mark.core
+
 CASE = Case(
     "partitioned",
     "a batch and heads for every mesh",

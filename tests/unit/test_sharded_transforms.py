@@ -12,6 +12,8 @@ from tests.support import calls, layered, partitioning
 from tests.support.cases import Case
 from tests.support.partitioning import Split
 
+pytestmark = pytest.mark.core
+
 CASE = Case(
     "layers",
     "two batch entries and a group of heads for each device",
