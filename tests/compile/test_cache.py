@@ -175,7 +175,7 @@ def test_dump_directory_gets_source_log_and_cubin(tmp_path, right):
 
 
 def test_threads_compile_each_kernel_once():
-    """Two kernels that nobody has asked for, each asked for by three threads at once."""
+    """Two kernels, each asked for the first time by three threads at once."""
     spec = _ffi.attributes(_spec.AttentionSpec(0.125, softcap=3.0))
     head_dims = [8, 24] * 3
     start = threading.Barrier(len(head_dims))
