@@ -13,8 +13,6 @@ import jax_flash_attn
 from tests.support import calls, closeness, inputs, oracle, transforms
 from tests.support.cases import Case
 
-pytestmark = pytest.mark.core
-
 CHECKS = transforms.Checks("auto", "float32")
 
 
