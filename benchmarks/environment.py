@@ -59,8 +59,15 @@ def _smi() -> dict[str, str]:
     return dict(zip(_SMI_FIELDS, values, strict=False))
 
 
-def describe(contenders: Iterable[Contender]) -> dict[str, Any]:
-    """Returns a JSON object with all that a reader needs to judge a run's figures."""
+def describe(
+    contenders: Iterable[Contender], module: str = "benchmarks.run"
+) -> dict[str, Any]:
+    """Returns a JSON object with all that a reader needs to judge a run's figures.
+
+    Args:
+        contenders: what is measured.
+        module: what the command line runs.
+    """
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -71,5 +78,5 @@ def describe(contenders: Iterable[Contender]) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": _versions(contenders),
         "commit": _output("git", "describe", "--always", "--dirty"),
-        "command": ["python", "-m", "benchmarks.run", *sys.argv[1:]],
+        "command": ["python", "-m", module, *sys.argv[1:]],
     }

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 # Private, and without them a call is right and unsplit.
 try:
@@ -58,6 +58,16 @@ def cast_to_common_varying(*operands: jax.Array | None) -> tuple[jax.Array | Non
     )
 
 
+CACHE_KEY_OPTION = "jax_remove_custom_partitioning_ptr_from_cache_key"
+"""What lets a second process find, in JAX's compilation cache, programs with
+`custom_partitioning`; JAX may drop it."""
+
+
+def needs_cache_key_option() -> bool:
+    """Whether JAX's compilation cache misses automatically split programs."""
+    return not getattr(jax.config, CACHE_KEY_OPTION, True)
+
+
 def require_devices_to_lower(primitive: Primitive) -> None:
     """Has JAX say, to the lowering of a primitive, for which devices it lowers."""
     prim_requires_devices_during_lowering.add(primitive)
@@ -66,6 +76,17 @@ def require_devices_to_lower(primitive: Primitive) -> None:
 def is_manual(ctx: Any) -> bool:
     """Whether a lowering is inside `shard_map` or `pmap`, over any mesh axis."""
     return bool(getattr(ctx.module_context.axis_context, "manual_axes", ()))
+
+
+def is_export_of_automatic_sharding(ctx: Any) -> bool:
+    """Whether this lowers for `jax.export` what XLA is to split over devices."""
+    context = ctx.module_context.axis_context
+    return (
+        ctx.module_context.lowering_parameters.for_export
+        and getattr(context, "num_devices", 1) > 1
+        and not is_manual(ctx)
+        and explicit_mesh(ctx) is None
+    )
 
 
 def partitioned_mesh(ctx: Any) -> Mesh | None:
@@ -87,6 +108,21 @@ def partitioned_mesh(ctx: Any) -> Mesh | None:
     return thread_resources.env.physical_mesh  # of `with mesh:`
 
 
+def explicit_mesh(ctx: Any) -> AbstractMesh | None:
+    """The mesh that types split operands over; None where XLA, too, may split them."""
+    meshes = (x.sharding.mesh for x in ctx.avals_in)
+    mesh = next((mesh for mesh in meshes if explicit_axes(mesh)), None)
+    if mesh is None or AxisType.Auto in mesh.axis_types:
+        return None
+    return mesh
+
+
+def explicit_axes(mesh: AbstractMesh) -> set[str]:
+    """The mesh axes over which types say what is split."""
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in axes if kind == AxisType.Explicit}
+
+
 def no_mesh() -> contextlib.AbstractContextManager[Any]:
     """Inside, arrays are one device's: an Explicit mesh around has no say in them."""
     return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
@@ -95,6 +131,11 @@ def no_mesh() -> contextlib.AbstractContextManager[Any]:
 def without_shardings(avals: Any) -> list[Any]:
     """The abstract values with shape and dtype alone."""
     return [jax.core.ShapedArray(x.shape, x.dtype) for x in avals]
+
+
+def without_varying_axes(avals: Any) -> list[Any]:
+    """The abstract values with shape, dtype and sharding alone."""
+    return [jax.core.ShapedArray(x.shape, x.dtype, sharding=x.sharding) for x in avals]
 
 
 def partitioned(

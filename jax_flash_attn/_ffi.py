@@ -28,6 +28,7 @@ else:
 
 FORWARD_TARGET = "flash_attention_forward"
 BACKWARD_TARGET = "flash_attention_backward"
+EMPTY_TARGET = "flash_attention_empty"
 
 # Every environment variable of the library, read here and once (README.md lists them).
 CACHE_DIRECTORY_VARIABLE = "JAX_FLASH_ATTN_CACHE_DIR"
@@ -67,6 +68,17 @@ def backward_call(
     """Emits the backward custom call."""
     call = jax.ffi.ffi_call(BACKWARD_TARGET, list(results))
     return list(call(*operands, **attributes(spec), has_dlse=has_dlse))
+
+
+def empty_call(
+    operands: Sequence[jax.Array], results: Sequence[jax.ShapeDtypeStruct]
+) -> list[jax.Array]:
+    """Emits a custom call that leaves its results as they are, on a GPU or a CPU.
+
+    It costs what any custom call of these operands and results costs.
+    """
+    call = jax.ffi.ffi_call(EMPTY_TARGET, list(results))
+    return list(call(*operands))
 
 
 def cache_directory() -> str:
@@ -117,6 +129,8 @@ def initialize() -> None:
     )
     for target, stages in native.registrations().items():
         jax.ffi.register_ffi_target(target, stages, platform="CUDA")
+        if target == EMPTY_TARGET:
+            jax.ffi.register_ffi_target(target, stages, platform="cpu")
 
 
 initialize()

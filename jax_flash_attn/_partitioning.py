@@ -12,6 +12,9 @@ from what it holds, and nothing is communicated:
 - Mesh axes that don't divide what they split are not used, nor are those over which a
   device's query heads would use parts of several groups (12 query and 4 key heads over
   6 devices). Nor are those that split sequences and head dims: XLA gathers there.
+
+On an Explicit mesh the operands' types say how they are split, so a call becomes a
+`shard_map`. On an Auto mesh XLA says it while it compiles, to `custom_partitioning`.
 """
 
 import itertools
@@ -23,12 +26,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule
 from jax.interpreters import mlir
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jax_flash_attn import _compat, _shapes
 
 MeshAxes = tuple[str, ...]
 """Mesh axes that split one axis of an array, outermost first."""
+
+AnyMesh = Mesh | AbstractMesh
 
 Function = Callable[..., list[jax.Array]]
 Roles = Sequence[_shapes.Role]
@@ -37,7 +42,7 @@ Roles = Sequence[_shapes.Role]
 class Plan(NamedTuple):
     """How one call is split over a mesh."""
 
-    mesh: Mesh
+    mesh: AnyMesh
     batch_shape: tuple[int, ...]
     heads: int
     heads_k: int
@@ -112,7 +117,7 @@ class Plan(NamedTuple):
         return jax.lax.psum(part, self.shared_axes).astype(x.dtype)
 
 
-def plan(mesh: Mesh, arrays: Sequence[Any], roles: Roles) -> Plan:
+def plan(mesh: AnyMesh, arrays: Sequence[Any], roles: Roles) -> Plan:
     """Decides how to split a call from how its operands and results are split.
 
     Args:
@@ -203,9 +208,17 @@ def lower(
         taken: Their roles.
         given: The roles of the results.
     """
+    roles, on_device = [*taken, *given], function
+    explicit = _compat.explicit_mesh(ctx)
+    if explicit is not None:
+        chosen = plan(explicit, [*ctx.avals_in, *ctx.avals_out], roles)
+        split = _split_as_typed(
+            chosen, explicit, on_device, taken, given, ctx.avals_out
+        )
+        bare = ctx.replace(avals_in=_compat.without_varying_axes(ctx.avals_in))
+        return mlir.lower_fun(split, multiple_results=True)(bare, *operands)
     if _compat.is_manual(ctx):
         return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
-    roles, on_device = [*taken, *given], function
 
     def partition(mesh: Mesh, arguments: Any, results: Any) -> Any:
         chosen = plan(mesh, [*arguments, *results], roles)
@@ -233,6 +246,42 @@ def lower(
     return mlir.lower_fun(whole, multiple_results=True)(bare, *operands)
 
 
+def _split_as_typed(
+    chosen: Plan,
+    mesh: AbstractMesh,
+    function: Function,
+    taken: Roles,
+    given: Roles,
+    results: Sequence[Any],
+) -> Function:
+    """`function` of whole operands on an Explicit mesh, split by `shard_map`.
+
+    What else the operands' types say is split is gathered before, and what those of
+    the results say is split after.
+    """
+
+    def shardings(arrays: Sequence[Any], roles: Roles) -> list[NamedSharding]:
+        return [chosen.sharding(x, r) for x, r in zip(arrays, roles, strict=True)]
+
+    def place(arrays: Any, shardings: Sequence[Any]) -> list[jax.Array]:
+        pairs = zip(arrays, shardings, strict=True)
+        return [jax.sharding.reshard(x, sharding) for x, sharding in pairs]
+
+    def run(*operands: jax.Array) -> list[jax.Array]:
+        before, after = shardings(operands, taken), shardings(results, given)
+        with jax.sharding.use_abstract_mesh(mesh):
+            split = jax.shard_map(
+                chosen.on_each_device(function, taken, given),
+                in_specs=tuple(x.spec for x in before),
+                out_specs=[x.spec for x in after],
+                axis_names=_compat.explicit_axes(mesh),
+                check_vma=False,
+            )
+            return place(split(*place(operands, before)), [x.sharding for x in results])
+
+    return run
+
+
 def _mesh_axes(x: Any, axis: int) -> MeshAxes:
     """The mesh axes that split an axis of an array."""
     spec = tuple(getattr(getattr(x, "sharding", None), "spec", ()))
@@ -253,11 +302,11 @@ def _num_heads(arrays: Sequence[Any], roles: Roles, whose: str) -> int:
     return next(found, 0)
 
 
-def _size(mesh: Mesh, axes: Sequence[str]) -> int:
+def _size(mesh: AnyMesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _divides(mesh: Mesh, axes: Sequence[str], length: int) -> bool:
+def _divides(mesh: AnyMesh, axes: Sequence[str], length: int) -> bool:
     return not axes or (length > 0 and length % _size(mesh, axes) == 0)
 
 
@@ -266,7 +315,7 @@ def _prefixes(axes: MeshAxes) -> Iterator[MeshAxes]:
     return (axes[:n] for n in range(len(axes), -1, -1))
 
 
-def _uses_whole_heads(mesh: Mesh, axes: MeshAxes, heads: int, heads_k: int) -> bool:
+def _uses_whole_heads(mesh: AnyMesh, axes: MeshAxes, heads: int, heads_k: int) -> bool:
     """Whether a device's query heads are groups, or all of one group."""
     if not axes:
         return True

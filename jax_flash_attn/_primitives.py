@@ -92,7 +92,7 @@ def _forward_like(*flat: jax.Array, spec: _spec.AttentionSpec) -> list[jax.Array
     q = flat[0][..., 0, :, :] if spec.packing == "qkv" else flat[0]
     out = _with_whole_batch(q, q_role, list(zip(flat, roles, strict=True)))
     lse_dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
-    return [out, out[..., 0].astype(lse_dtype).swapaxes(-1, -2)]
+    return [out, out.sum(axis=-1).astype(lse_dtype).swapaxes(-1, -2)]
 
 
 def _backward_like(
@@ -223,10 +223,12 @@ def _register(
             obstacle = obstacle or _support.machine_obstacle()
             if obstacle is None:
                 chosen = kernel
+                if _compat.is_export_of_automatic_sharding(ctx):
+                    _support.warn_of_unsplit_export()
             elif params["implementation"] == "cuda":
                 raise NotImplementedError(obstacle)
             else:
-                _support.warn_once(obstacle)
+                _support.warn_of_fallback(obstacle)
         return lower(chosen, ctx, operands, **params)
 
     def differentiate_again(*_: Any, **__: Any) -> Any:

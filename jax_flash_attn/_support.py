@@ -56,17 +56,28 @@ def machine_obstacle() -> str | None:
     return None
 
 
-def warn_once(reason: str) -> None:
+def warn_of_fallback(reason: str) -> None:
     """Says that a call on a GPU takes the JAX path, once per reason and process."""
-    if reason in _warned:
-        return
-    _warned.add(reason)
-    warnings.warn(
+    _warn_once(
         f"jax_flash_attn takes the plain JAX path on a GPU: {reason}. Pass "
         'implementation="jax" to choose it, or implementation="cuda" to get an error '
-        "instead.",
-        stacklevel=2,
+        "instead."
     )
+
+
+def warn_of_unsplit_export() -> None:
+    """Says that an exported kernel call is not split over devices, once per process."""
+    _warn_once(
+        "jax_flash_attn: jax.export can't store how automatic sharding splits a call, "
+        "so the exported program gathers its operands on every device. Export with "
+        "Explicit mesh axes, or use shard_map."
+    )
+
+
+def _warn_once(text: str) -> None:
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, stacklevel=3)
 
 
 def on_gpu() -> bool:

@@ -425,7 +425,7 @@ def _with_dense_mask(
     if implementation == "cuda":
         raise NotImplementedError(obstacle)
     if implementation == "auto" and _support.on_gpu():
-        _support.warn_once(obstacle)
+        _support.warn_of_fallback(obstacle)
     query, key = arrays["query"], arrays["key"]
     seqlen_q, seqlen_k = query.shape[1], key.shape[1]
     offset = jnp.arange(seqlen_k)[None, :] - jnp.arange(seqlen_q)[:, None]

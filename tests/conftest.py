@@ -1,7 +1,8 @@
 """How every test runs: the machine's devices, the markers and what a skip means.
 
 The tests import the installed package, so the project root joins the import path
-last: there it serves `tests` and `benchmarks` and hides nothing.
+last: there it serves `tests` and `benchmarks` and hides nothing. So does `examples`,
+whose scripts import each other by name, as they do when one is run.
 """
 
 import os
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
 import hypothesis
 import jax

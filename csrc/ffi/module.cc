@@ -56,9 +56,12 @@ nb::dict registrations() {
   nb::dict backward;
   backward["initialize"] = capsule(flash_attention_backward_initialize);
   backward["execute"] = capsule(flash_attention_backward_execute);
+  nb::dict empty;
+  empty["execute"] = capsule(flash_attention_empty_execute);
   nb::dict targets;
   targets["flash_attention_forward"] = forward;
   targets["flash_attention_backward"] = backward;
+  targets["flash_attention_empty"] = empty;
   return targets;
 }
 

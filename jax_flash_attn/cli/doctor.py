@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 import jax_flash_attn
-from jax_flash_attn import _ffi, _support
+from jax_flash_attn import _compat, _ffi, _support
 from jax_flash_attn.cli import self_check
 
 _JAX_PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -48,6 +48,7 @@ def _facts() -> Iterator[tuple[str, str]]:
             yield f"  {device['ordinal']}", _describe_native(device)
         yield "NVRTC", _or_reason(_nvrtc)
         yield "kernel cache", _cache()
+    yield "JAX's cache", _compilation_cache()
     variables = [f"{name}={value}" for name, value in _ffi.environment().items()]
     yield "environment", " ".join(variables) or "no variable of the library is set"
     hint = _gpu_hint()
@@ -104,6 +105,19 @@ def _cache() -> str:
         return f"off: {where}{cache['reason_disabled']}"
     size = cache["bytes"] / 2**20
     return f"{cache['directory']}: {cache['entries']} kernels, {size:.1f} MiB"
+
+
+def _compilation_cache() -> str:
+    """Where JAX keeps compiled programs, and which of ours it can't find again."""
+    directory = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if not directory:
+        return "off: JAX_COMPILATION_CACHE_DIR is not set"
+    if not _compat.needs_cache_key_option():
+        return str(directory)
+    return (
+        f"{directory}; misses programs that automatic sharding splits on Auto mesh "
+        f"axes, unless {_compat.CACHE_KEY_OPTION.upper()}=1 is set (docs/sharding.md)"
+    )
 
 
 def _driver_devices() -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The kernel cache on disk: whatever is in it or wrong with it, the right kernel."""
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -173,15 +174,21 @@ def test_dump_directory_gets_source_log_and_cubin(tmp_path, right):
     assert suffixes[".cu"].read_text() == answer.forward["source"]
 
 
-def test_threads_compile_a_kernel_once():
+def test_threads_compile_each_kernel_once():
+    """Two kernels, each asked for the first time by three threads at once."""
     spec = _ffi.attributes(_spec.AttentionSpec(0.125, softcap=3.0))
+    head_dims = [8, 24] * 3
+    start = threading.Barrier(len(head_dims))
 
-    def request(_):
-        return _ffi.native.compile("forward", spec, "bfloat16", 8, "sm_90")[0]
+    def request(head_dim):
+        start.wait()
+        return _ffi.native.compile("forward", spec, "bfloat16", head_dim, "sm_90")[0]
 
-    with ThreadPoolExecutor(4) as pool:
-        reports = list(pool.map(request, range(4)))
-    assert len({(r["cubin"], r["seconds"]) for r in reports}) == 1
+    with ThreadPoolExecutor(len(head_dims)) as pool:
+        reports = list(pool.map(request, head_dims))
+    for kernel in (reports[::2], reports[1::2]):
+        assert len({(r["cubin"], r["seconds"]) for r in kernel}) == 1
+    assert reports[0]["cubin"] != reports[1]["cubin"]
 
 
 def test_missing_nvrtc_is_said_with_the_remedy(tmp_path):

@@ -49,6 +49,48 @@ def test_damaged_entries_are_replaced(filled):
     assert [path.read_bytes() for path in entries(filled)] == contents
 
 
+def test_processes_share_a_cold_cache(tmp_path):
+    """Each gives the right results, whoever writes an entry first."""
+    folder = tmp_path / "cache"
+    answers = ahead.Ahead(lambda _: run(folder), range(3))
+    assert {answers[n]["enabled"] for n in range(3)} == {True}
+    answers.close()
+    assert len(entries(folder)) == 4
+
+
+THREADS_PROGRAM = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+from tests.support import calls, cases, inputs, oracle
+from jax_flash_attn import _ffi
+
+case = cases.BY_NAME["causal_gqa"]
+arrays = inputs.make(case)
+right = oracle.of(case, arrays)
+start = threading.Barrier(4)
+
+def compile_and_run(_):
+    attend = calls.attention(case, implementation="cuda")
+    program = calls.jit(calls.with_gradients(attend)).lower(arrays).compile()
+    start.wait()
+    return jax.block_until_ready(program(arrays))
+
+with ThreadPoolExecutor(4) as pool:
+    for results in pool.map(compile_and_run, range(4)):
+        oracle.check(results, right)
+answer["cache"] = _ffi.native.cache()
+"""
+
+
+def test_threads_run_new_kernels_at_once(tmp_path):
+    """Four programs of their own need the same kernels, compiled at the first run."""
+    folder = tmp_path / "cache"
+    found = jax_child.run(THREADS_PROGRAM, JAX_FLASH_ATTN_CACHE_DIR=folder)
+    assert found["cache"]["entries"] == 4
+
+
 def off(_):
     return "0"
 

@@ -55,3 +55,40 @@ def test_every_run_gives_the_same(mode, answers):
 
 def test_both_modes_give_the_same(answers):
     assert answers["on"] == answers["off"]
+
+
+# Several devices
+
+SPLIT_PROGRAM = """
+import dataclasses
+import hashlib
+import jax
+from tests.support import programs
+
+case = dataclasses.replace(
+    programs.CASE, batch=4, seqlen_q=150, seqlen_k=150, head_dim=64, dtype="bfloat16"
+)
+for way, grid in (
+    ("one_device", (1, 1)), ("pmap", (2, 1)), ("shard_map", (1, 2)), ("auto", (2, 1)),
+    ("explicit", (1, 2)),
+):
+    program, operands, context = programs.build(
+        way, case, jax.devices("cuda"), grid, layers=3, implementation="cuda",
+        deterministic=True,
+    )
+    answer[way] = []
+    with context:
+        for _ in range(4):
+            text = b"".join(jax.device_get(x).tobytes() for x in program(*operands))
+            answer[way].append(hashlib.sha256(text).hexdigest())
+"""
+
+WAYS = ("one_device", "pmap", "shard_map", "auto", "explicit")
+
+
+@pytest.mark.multi_gpu
+def test_split_programs_give_what_one_device_gives():
+    """In both modes, in every run."""
+    found = [jax_child.run(SPLIT_PROGRAM, XLA_FLAGS=FLAGS[mode]) for mode in FLAGS]
+    digests = {digest for answer in found for way in WAYS for digest in answer[way]}
+    assert len(digests) == 1

@@ -3,7 +3,7 @@
 import pytest
 
 import jax_flash_attn
-from tests.support import calls, transforms
+from tests.support import transforms
 
 pytestmark = pytest.mark.gpu
 
@@ -15,18 +15,9 @@ def test_transform(check):
     getattr(CHECKS, check)()
 
 
-@pytest.mark.parametrize("subset", transforms.SUBSET_PARAMETERS)
-def test_vmap_of_grad(subset):
-    CHECKS.vmap_of_grad(subset)
-
-
-@pytest.mark.parametrize(
-    "subset",
-    [("q", "slopes"), ("k", "v"), ("dropout_rng",), calls.OPERANDS],
-    ids="-".join,
-)
-def test_grad_of_vmap(subset):
-    CHECKS.grad_of_vmap(subset)
+@pytest.mark.parametrize(("check", "subset"), transforms.SUBSET_PARAMETERS)
+def test_subset(check, subset):
+    getattr(CHECKS, check)(subset)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ _COLLECTIVE = re.compile(
 class Split:
     """Which mesh axes split the operands of a call.
 
-    `batch`, `heads` and `heads_k` are entries of a `PartitionSpec`; `seqlen` splits
-    the queries.
+    All but the mesh are entries of a `PartitionSpec`; `seqlen` splits the queries,
+    `seqlen_k` keys and values.
     """
 
     mesh: tuple[tuple[str, int], ...] = (("data", 4), ("model", 2))
@@ -31,6 +31,8 @@ class Split:
     heads: str | tuple[str, ...] | None = None
     heads_k: str | tuple[str, ...] | None = None
     seqlen: str | None = None
+    seqlen_k: str | None = None
+    head_dim: str | None = None
 
     def make_mesh(self, axis_type, devices):
         """Returns the mesh, over the first of the devices."""
@@ -42,8 +44,8 @@ class Split:
 
     def specs(self, arrays):
         """Returns how each array of `inputs.make` is split, by name."""
-        queries = Spec(self.batch, self.seqlen, self.heads)
-        keys = Spec(self.batch, None, self.heads_k)
+        queries = Spec(self.batch, self.seqlen, self.heads, self.head_dim)
+        keys = Spec(self.batch, self.seqlen_k, self.heads_k, self.head_dim)
         slopes = arrays["slopes"]
         per_entry = slopes is not None and slopes.ndim == 2
         return {

@@ -27,25 +27,47 @@ SUBSETS = tuple(
 )
 """Every way to map at least one operand."""
 
-PAIRWISE_SUBSETS = (
+SUBSET_CHECKS = (
+    "grad",
+    "vmap_of_grad",
+    "grad_of_vmap",
+    "vmap_of_jacobian",
+    "vmap_of_remat",
+    "grad_of_scan",
+)
+"""The names of the checks that take a subset of the operands."""
+
+
+def _complement(subset):
+    return tuple(name for name in calls.OPERANDS if name not in subset)
+
+
+_HALVES = (
     ("q",),
     ("k", "v"),
-    ("slopes",),
-    ("dropout_rng",),
+    ("q", "k"),
+    ("v", "slopes"),
+    ("q", "dropout_rng"),
     ("k", "slopes"),
-    ("q", "v", "dropout_rng"),
-    calls.OPERANDS,
 )
+
+PAIRWISE = frozenset(
+    (check, subset)
+    for check, half in zip(SUBSET_CHECKS, _HALVES, strict=True)
+    for subset in (half, _complement(half))
+)
+"""Pairs of check and subset that hold every pair of choices: which check, and which
+of the operands are in the subset."""
 
 SUBSET_PARAMETERS = tuple(
     pytest.param(
-        subset,
-        id="-".join(subset),
-        marks=() if subset in PAIRWISE_SUBSETS else pytest.mark.long,
+        *pair,
+        id=f"{pair[0]}-{'-'.join(pair[1])}",
+        marks=() if pair in PAIRWISE else pytest.mark.long,
     )
-    for subset in SUBSETS
+    for pair in itertools.product(SUBSET_CHECKS, SUBSETS)
 )
-"""Every subset, those that are not needed for pairs behind `long`."""
+"""Every check with every subset, those that are not needed for pairs behind `long`."""
 
 BASIC_CHECKS = (
     "jit",
@@ -62,7 +84,6 @@ BASIC_CHECKS = (
     "second_derivatives_are_refused",
 )
 """The names of the checks that take no argument."""
-"""Every pair of operands with each of them mapped and not mapped."""
 
 EVERYTHING = Case(
     "everything",
@@ -163,15 +184,115 @@ class Checks:
         gradients = calls.jit(jax.grad(loss, argnums=(0, 1, 2)))(*qkv)
         self._assert_gradients_right(gradients, arrays)
 
-    # vmap
+    # Subsets of the operands
 
-    def vmap_of_grad(self, subset, in_axes=None):
+    def grad(self, subset):
+        """Differentiates with respect to the subset alone; slopes have gradient 0."""
+        arrays = inputs.make(self.case)
+        # A key has no gradient, and without any there is nothing to check.
+        names = [n for n in subset if n != "dropout_rng"] or ["q"]
+
+        def loss(chosen):
+            given = arrays | chosen
+            out, lse = self.attend(*(given[name] for name in calls.OPERANDS))
+            return _weighted(out, lse, arrays)
+
+        gradients = calls.jit(jax.grad(loss))({name: arrays[name] for name in names})
+        slopes = gradients.pop("slopes", np.zeros(()))
+        np.testing.assert_array_equal(slopes, np.zeros_like(slopes))
+        results = {f"d{name}": gradient for name, gradient in gradients.items()}
+        self._assert_right(results, arrays)
+
+    def vmap_of_grad(self, subset, in_axes=None, attend=None):
         """Maps the operands of a subset, each over the axis that `in_axes` names."""
         examples = self._examples_sharing(3, subset)
         axes = dict.fromkeys(examples[0])
         axes |= {name: (in_axes or {}).get(name, 0) for name in subset}
-        mapped = jax.vmap(calls.with_gradients(self.attend), in_axes=(axes,))
+        run = calls.with_gradients(attend or self.attend)
+        mapped = jax.vmap(run, in_axes=(axes,))
         self._assert_right(calls.jit(mapped)(_stack(examples, axes)), *examples)
+
+    def vmap_of_remat(self, subset):
+        """As `vmap_of_grad`, of a call that is computed again for its gradients."""
+        self.vmap_of_grad(subset, attend=jax.checkpoint(self.attend))
+
+    def vmap_of_jacobian(self, subset):
+        """Two rows of a Jacobian for each example; in it, cotangents are mapped."""
+        count, rows = 2, 2
+        examples = self._examples_sharing(count, subset)
+        axes = {name: 0 if name in subset else None for name in calls.OPERANDS}
+        stacked = _stack([{n: e[n] for n in axes} for e in examples], axes)
+        cotangents = [inputs.make(self.case, 7 + row) for row in range(rows)]
+
+        def losses(qkv, rest):
+            results = self.attend(*qkv, *rest)
+            return jnp.stack([_weighted(*results, c) for c in cotangents])
+
+        in_axes = tuple(axes[name] for name in calls.OPERANDS)
+        jacobian = jax.vmap(jax.jacrev(losses), in_axes=(in_axes[:3], in_axes[3:]))
+        operands = [stacked[name] for name in calls.OPERANDS]
+        gradients = calls.jit(jacobian)(tuple(operands[:3]), tuple(operands[3:]))
+        pairs = [
+            example | {name: c[name] for name in COTANGENTS}
+            for example in examples
+            for c in cotangents
+        ]
+        flat = (x.reshape(count * rows, *x.shape[2:]) for x in gradients)
+        self._assert_right(dict(zip(GRADIENTS, flat, strict=True)), *pairs)
+
+    def grad_of_vmap(self, subset):
+        """Gradients of operands that are not mapped are sums over the examples."""
+
+        def over_examples(*operands):
+            in_axes = tuple(0 if name in subset else None for name in calls.OPERANDS)
+            return jax.vmap(self.attend, in_axes=in_axes)(*operands)
+
+        self._assert_gradients_of_sum_right(over_examples, subset)
+
+    def grad_of_scan(self, subset):
+        """As `grad_of_vmap`, one example after the other."""
+
+        def over_examples(*operands):
+            given = dict(zip(calls.OPERANDS, operands, strict=True))
+            mapped = {name: given.pop(name) for name in subset}
+
+            def step(carry, one):
+                now = given | one
+                return carry, self.attend(*(now[name] for name in calls.OPERANDS))
+
+            return jax.lax.scan(step, 0, mapped)[1]
+
+        self._assert_gradients_of_sum_right(over_examples, subset)
+
+    def _assert_gradients_of_sum_right(self, over_examples, subset):
+        """Checks gradients of the summed loss of examples that share all but a subset.
+
+        Args:
+            over_examples: takes the operands, those of the subset stacked, and returns
+                out and lse, stacked.
+            subset: the names of operands that the examples differ in.
+        """
+        examples = self._examples_sharing(3, (*subset, *COTANGENTS))
+        axes = {name: 0 if name in subset else None for name in calls.OPERANDS}
+        stacked = _stack(examples, axes | dict.fromkeys(COTANGENTS, 0))
+
+        def loss(q, k, v):
+            rest = (stacked[name] for name in calls.OPERANDS[3:])
+            return _weighted(*over_examples(q, k, v, *rest), stacked)
+
+        qkv = tuple(stacked[name] for name in "qkv")
+        gradients = calls.jit(jax.grad(loss, argnums=(0, 1, 2)))(*qkv)
+        rights = [self._expected(arrays) for arrays in examples]
+        for operand, name, gradient in zip("qkv", GRADIENTS, gradients, strict=True):
+            exact, naive = (
+                np.stack([right[name][n].astype(np.float64) for right in rights])
+                for n in range(2)
+            )
+            if operand not in subset:
+                exact, naive = exact.sum(0), naive.sum(0).astype(self.dtype)
+            closeness.assert_close_to_oracle(gradient, exact, naive, what=name)
+
+    # vmap
 
     def vmap_over_other_axes(self):
         axes = {"q": 2, "k": 1, "v": -1, "slopes": 1, "dropout_rng": 0}
@@ -188,30 +309,6 @@ class Checks:
         out, lse = calls.jit(mapped)(_stack(examples, axes))
         results = {"out": jnp.moveaxis(out, 2, 0), "lse": jnp.moveaxis(lse, -1, 0)}
         self._assert_right(results, *examples)
-
-    def grad_of_vmap(self, subset):
-        """Gradients of operands that are not mapped are sums over the examples."""
-        examples = self._examples_sharing(3, (*subset, *COTANGENTS))
-        axes = {name: 0 if name in subset else None for name in calls.OPERANDS}
-        axes |= dict.fromkeys(COTANGENTS, 0)
-        stacked = _stack(examples, axes)
-        mapped = jax.vmap(self.attend, in_axes=tuple(axes[n] for n in calls.OPERANDS))
-
-        def loss(q, k, v):
-            rest = (stacked[name] for name in calls.OPERANDS[3:])
-            return _weighted(*mapped(q, k, v, *rest), stacked)
-
-        qkv = tuple(stacked[name] for name in "qkv")
-        gradients = calls.jit(jax.grad(loss, argnums=(0, 1, 2)))(*qkv)
-        rights = [self._expected(arrays) for arrays in examples]
-        for operand, name, gradient in zip("qkv", GRADIENTS, gradients, strict=True):
-            exact, naive = (
-                np.stack([right[name][n].astype(np.float64) for right in rights])
-                for n in range(2)
-            )
-            if operand not in subset:
-                exact, naive = exact.sum(0), naive.sum(0).astype(self.dtype)
-            closeness.assert_close_to_oracle(gradient, exact, naive, what=name)
 
     def nested_vmap(self):
         """The outer level maps q and slopes, the inner one k, v and the dropout key."""

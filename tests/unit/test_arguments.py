@@ -9,6 +9,8 @@ import pytest
 
 import jax_flash_attn
 
+pytestmark = pytest.mark.core
+
 B, SQ, SK, H, HK, D = 2, 6, 8, 4, 2, 16
 QUERIES, KEYS = (B, SQ, H, D), (B, SK, HK, D)
 

@@ -3,11 +3,21 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import arrays, report, results, run, timing, workloads
+from benchmarks import (
+    arrays,
+    dispatch,
+    report,
+    results,
+    run,
+    scaling,
+    timing,
+    workloads,
+)
 from benchmarks.contenders import contenders
 from benchmarks.correctness import Oracle
 from benchmarks.modes import RESULTS
@@ -238,3 +248,121 @@ def test_wrong_arguments_are_refused_before_anything_runs(argv, tmp_path, capsys
     assert run.main([*argv, f"--out={out}"]) == 2
     assert capsys.readouterr().err
     assert not out.exists()
+
+
+def test_dispatch_writes_the_medians_of_both(tmp_path, capsys):
+    out = tmp_path / "dispatch.jsonl"
+    assert dispatch.main(["--calls=20", "--quiet", f"--out={out}"]) == 0
+    header, line = results.read_lines(out)
+    assert header["command"][:3] == ["python", "-m", "benchmarks.dispatch"]
+    assert (line["kind"], line["run"]) == ("dispatch", header["run"])
+    assert line["calls"] == 20
+    assert line["ours_us"] > 0
+    assert line["empty_us"] > 0
+    assert line["ratio"] == pytest.approx(line["ours_us"] / line["empty_us"])
+    assert "difference" in capsys.readouterr().out
+
+
+def test_dispatch_takes_turns_and_leaves_waiting_out():
+    order, now = [], [0]
+
+    class Result:
+        def block_until_ready(self):
+            now[0] += 1_000_000
+
+    def call(name, nanoseconds):
+        def run(x):
+            order.append(name)
+            now[0] += nanoseconds
+            return Result()
+
+        return run
+
+    calls = {"ours": call("ours", 3000), "empty": call("empty", 2000)}
+    taken = dispatch.sample(calls, [0], 4, clock=lambda: now[0], quiet=True)
+    assert order[-8:] == ["ours", "empty"] * 4
+    assert dispatch.summarise(taken) == {
+        "ours_us": 3.0,
+        "ours_spread": 0.0,
+        "empty_us": 2.0,
+        "empty_spread": 0.0,
+        "difference_us": 1.0,
+        "ratio": 1.5,
+    }
+
+
+def test_dispatch_refuses_no_calls(tmp_path, capsys):
+    out = tmp_path / "dispatch.jsonl"
+    assert dispatch.main(["--calls=0", f"--out={out}"]) == 2
+    assert "--calls takes 1 or more, got 0" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("split", "count", "grid"),
+    [
+        ("batch", 8, (8, 1)),
+        ("heads", 8, (1, 8)),
+        ("both", 8, (4, 2)),
+        ("both", 4, (2, 2)),
+        ("both", 3, (3, 1)),
+    ],
+)
+def test_scaling_splits_all_devices(split, count, grid):
+    assert scaling.grid_of(split, count) == grid
+
+
+@pytest.mark.parametrize("way", scaling.WAYS)
+def test_scaling_gives_ratios_to_one_device(way, monkeypatch):
+    """Each device has one device's work, so equal times are a ratio of 1."""
+    seconds = iter([2.0, 2.0, 4.0])
+
+    class Sampler:
+        trips, overhead = 1, 0.0
+
+        def __init__(self, program, arguments, *, sample_seconds):
+            program(*arguments)
+            self._seconds = next(seconds)
+
+        def sample(self):
+            return self._seconds
+
+    monkeypatch.setattr(timing, "QueuedSampler", Sampler)
+    devices = jax.devices("cpu")
+    grids = {"none": (1, 1), "batch": (4, 1), "both": (2, 2)}
+    meshes = {name: scaling.make_mesh(devices, grid) for name, grid in grids.items()}
+    lines = scaling.measure(TINY, "fwd", meshes, way, 2, 0.01)
+    assert [line["ratio"] for line in lines] == [1.0, 1.0, 0.5]
+    assert [line["devices"] for line in lines] == [1, 4, 4]
+    work = workloads.flops(TINY, "fwd")
+    assert lines[1]["tflops"] == pytest.approx(4 * work / 2.0 / 1e12)
+    assert "| 0.500 |" in scaling.table(lines)
+
+
+def test_scaling_stops_where_a_program_communicates():
+    def attend(q, k, v):
+        return q - q.astype(jnp.float32).mean().astype(q.dtype)
+
+    mesh = scaling.make_mesh(jax.devices("cpu"), (2, 2))
+    with pytest.raises(RuntimeError, match="all-reduce"):
+        scaling.sampler(attend, TINY, "fwd", mesh, "jit", 0.01)
+
+
+def test_scaling_refuses_devices_that_are_not_there(capsys, tmp_path):
+    out = tmp_path / "scaling.jsonl"
+    assert scaling.main(["--devices=99", f"--out={out}"]) == 2
+    assert "got 99" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_queued_sampler_settles_its_calls():
+    calls = []
+
+    def program(x):
+        calls.append(x)
+        return jnp.zeros(())
+
+    sampler = timing.QueuedSampler(program, (3,), sample_seconds=1e-3)
+    before = len(calls)
+    assert sampler.sample() > 0
+    assert len(calls) - before == sampler.trips >= 2

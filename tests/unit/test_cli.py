@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import jax_flash_attn
@@ -147,6 +148,23 @@ def test_doctor_says_why_the_cache_is_off(native):
     native.reason_disabled = "not a directory"
     facts = dict(doctor._facts())
     assert facts["kernel cache"] == f"off: {native.directory}: not a directory"
+
+
+@pytest.mark.parametrize("option", [False, True])
+def test_doctor_says_what_the_cache_of_jax_misses(monkeypatch, tmp_path, option):
+    name = "jax_remove_custom_partitioning_ptr_from_cache_key"
+    options = ("jax_compilation_cache_dir", name)
+    before = {key: getattr(jax.config, key) for key in options}
+    assert dict(doctor._facts())["JAX's cache"].startswith("off")
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        jax.config.update(name, option)
+        said = dict(doctor._facts())["JAX's cache"]
+    finally:
+        for key, value in before.items():
+            jax.config.update(key, value)
+    assert said.startswith(str(tmp_path))
+    assert (f"{name.upper()}=1" in said) == (not option)
 
 
 def test_doctor_notices_a_gpu_that_jax_does_not_use(monkeypatch, native):

@@ -6,6 +6,8 @@ import pytest
 
 from jax_flash_attn import Explanation, _spec, explain
 
+pytestmark = pytest.mark.core
+
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 

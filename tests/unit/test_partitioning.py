@@ -13,6 +13,8 @@ from tests.support import calls, inputs, oracle, partitioning
 from tests.support.cases import Case
 from tests.support.partitioning import Split
 
+pytestmark = pytest.mark.core
+
 CASE = Case(
     "partitioned",
     "a batch and heads for every mesh",
@@ -131,7 +133,6 @@ def test_deterministic():
             Split(WIDE, batch="data", heads="model"),
             id="device_would_have_parts_of_groups",
         ),
-        pytest.param(CASE, Split(batch="data", seqlen="model"), id="sequence"),
         pytest.param(CASE, Split(batch="data", heads_k="model"), id="key_heads_alone"),
         pytest.param(CASE, Split(batch="data", heads="model"), id="query_heads_alone"),
     ],
@@ -159,6 +160,25 @@ def test_what_is_gathered_is_right(case, split):
 def test_packed(packing, case, split, gradients, axis_type):
     mesh = make_mesh(split, axis_type)
     partitioning.check(case, split, mesh, packing, gradients=gradients)
+
+
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "split",
+    [
+        pytest.param(Split(batch="data", seqlen="model"), id="queries"),
+        pytest.param(Split(batch="data", seqlen_k="model"), id="keys"),
+        pytest.param(
+            Split(batch="data", seqlen="model", seqlen_k="model"), id="queries_and_keys"
+        ),
+        pytest.param(Split(batch="data", head_dim="model"), id="head_dim"),
+    ],
+)
+def test_sequences_and_head_dims_are_gathered(split, axis_type):
+    """Never attended to in part."""
+    mesh = make_mesh(split, axis_type)
+    allowed = GATHER | SUM
+    partitioning.check(CASE, split, mesh, forward=allowed, gradients=allowed)
 
 
 # vmap, scan, remat, shard_map: examples stacked, each judged by itself

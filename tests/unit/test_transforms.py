@@ -1,6 +1,7 @@
 """JAX transforms of the plain JAX path; tests/gpu checks the kernels likewise."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -26,25 +27,23 @@ def test_transform(check):
     getattr(CHECKS, check)()
 
 
-@pytest.mark.parametrize("subset", transforms.SUBSET_PARAMETERS)
-def test_vmap_of_grad(subset):
-    CHECKS.vmap_of_grad(subset)
+@pytest.mark.parametrize(("check", "subset"), transforms.SUBSET_PARAMETERS)
+def test_subset(check, subset):
+    """Which operands are differentiated or mapped; `-m long` has the whole product."""
+    getattr(CHECKS, check)(subset)
 
 
-@pytest.mark.parametrize(
-    "subset",
-    [
-        pytest.param(("q", "slopes"), id="q-slopes"),
-        pytest.param(("k", "v"), id="k-v"),
-        pytest.param(("dropout_rng",), id="dropout_rng"),
-        *(
-            pytest.param(s, id="-".join(s), marks=pytest.mark.long)
-            for s in transforms.SUBSETS
-        ),
-    ],
-)
-def test_grad_of_vmap(subset):
-    CHECKS.grad_of_vmap(subset)
+def test_subsets_of_the_default_run_hold_every_pair_of_choices():
+    def pairs(products):
+        choices = [
+            (check, *(name in subset for name in calls.OPERANDS))
+            for check, subset in products
+        ]
+        places = itertools.combinations(range(1 + len(calls.OPERANDS)), 2)
+        return {(i, j, c[i], c[j]) for i, j in places for c in choices}
+
+    every = itertools.product(transforms.SUBSET_CHECKS, transforms.SUBSETS)
+    assert pairs(list(transforms.PAIRWISE)) == pairs(list(every))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""Host time of a jitted call: a tiny attention beside a custom call that does nothing.
+
+    python -m benchmarks.dispatch --out dispatch.jsonl
+
+Both take the same operands and give a result of the same shape. A figure is the time
+until the call returns to Python, which on a GPU is before the result is there. Calls
+take turns, and each is waited for before the next, so that no queue fills up. What
+both cost is JAX's own dispatch; the difference is ours. On a CPU a call may compute
+before it returns, so there the difference says nothing about dispatch.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks import arrays, environment
+from benchmarks.cells import Log
+from benchmarks.contenders import contenders, on_gpu
+from benchmarks.workloads import Workload
+from jax_flash_attn import _ffi
+
+TINY = Workload("tiny", 1, 64, 1, 1, 64, source="one tile of one head")
+OURS, EMPTY = "ours", "empty"
+
+_WARM_UP_CALLS = 100
+
+
+def callables(workload: Workload) -> dict[str, Callable[..., jax.Array]]:
+    """Returns what is timed, by name: functions of q, k and v."""
+
+    def empty(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return _ffi.empty_call([q, k, v], [jax.ShapeDtypeStruct(q.shape, q.dtype)])[0]
+
+    return {OURS: jax.jit(contenders()[OURS].build(workload)), EMPTY: jax.jit(empty)}
+
+
+def sample(
+    calls: dict[str, Callable[..., jax.Array]],
+    operands: Sequence[jax.Array],
+    count: int,
+    clock: Callable[[], int] = time.perf_counter_ns,
+    quiet: bool = False,
+) -> dict[str, list[int]]:
+    """Returns the nanoseconds of each call, by name; the calls take turns.
+
+    Args:
+        calls: what is timed.
+        operands: what each is called with.
+        count: how often each is called, a warm-up aside.
+        clock: gives nanoseconds.
+        quiet: no progress bar.
+    """
+    for call in calls.values():
+        for _ in range(_WARM_UP_CALLS):
+            call(*operands).block_until_ready()
+    taken: dict[str, list[int]] = {name: [] for name in calls}
+    for _ in tqdm(range(count), desc="calls", disable=quiet):
+        for name, call in calls.items():
+            start = clock()
+            result = call(*operands)
+            taken[name].append(clock() - start)
+            result.block_until_ready()
+    return taken
+
+
+def summarise(taken: dict[str, list[int]]) -> dict[str, Any]:
+    """Returns medians in microseconds with their spread, and ours against the empty."""
+    summary: dict[str, Any] = {}
+    for name, nanoseconds in taken.items():
+        low, median, high = np.percentile(nanoseconds, (10, 50, 90)) / 1e3
+        summary[f"{name}_us"] = float(median)
+        summary[f"{name}_spread"] = float((high - low) / median)
+    ours, empty = summary[f"{OURS}_us"], summary[f"{EMPTY}_us"]
+    return {**summary, "difference_us": ours - empty, "ratio": ours / empty}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Host time of a jitted call.")
+    add = parser.add_argument
+    add("--calls", type=int, default=10_000, help="of each; default: %(default)s")
+    add("--out", type=Path, default=Path("dispatch.jsonl"), help="default: %(default)s")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the dispatch benchmark's command line; returns the exit status."""
+    options = _parser().parse_args(argv)
+    if options.calls < 1:
+        print(f"--calls takes 1 or more, got {options.calls}", file=sys.stderr)
+        return 2
+    if _ffi.native is None:
+        print(_ffi.native_missing, file=sys.stderr)
+        return 1
+    every = contenders()
+    with options.out.open("a") as file:
+        log = Log(file)
+        log.write("run", **environment.describe([every[OURS]], "benchmarks.dispatch"))
+        operands = jax.block_until_ready(arrays.make(TINY).qkv)
+        taken = sample(callables(TINY), operands, options.calls, quiet=options.quiet)
+        figures = summarise(taken)
+        log.write("dispatch", calls=options.calls, on_gpu=on_gpu(), **figures)
+    print(
+        f"ours {figures['ours_us']:.1f} us, empty {figures['empty_us']:.1f} us, "
+        f"difference {figures['difference_us']:.1f} us, ratio {figures['ratio']:.2f}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
