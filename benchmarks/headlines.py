@@ -11,13 +11,16 @@ same on a CPU in seconds.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from benchmarks import (
     environment,
@@ -31,12 +34,11 @@ from benchmarks import (
 from benchmarks.cells import Log
 from benchmarks.contenders import contenders, on_gpu
 from benchmarks.results import OURS
-from benchmarks.transformer import Architecture
+from benchmarks.transformer import Architecture, Attend
 
 EXACT = "jax-xla"
 """Exact attention, the scores in memory: what ours is held against."""
 
-DROPOUT_P = 0.1
 _DEFAULT_CONTENDERS = "ours,jax-xla,jax-cudnn,dew-fa3,flax"
 
 BERT_LARGE = Architecture(
@@ -159,12 +161,11 @@ class Run:
 
 
 def _speed(run: Run, architectures: Sequence[Architecture], batch: int) -> None:
-    speed, lines = run.speed(), []
-    size = run.options.batch or run.or_tiny(batch, 2)
+    speed, size = run.speed(), run.options.batch or run.or_tiny(batch, 2)
+    dropout_ps = [float(p) for p in run.options.dropout.split(",")]
+    lines = []
     for architecture in map(run.sized, architectures):
-        for dropout_p in (0.0, DROPOUT_P):
-            found = speed.measure(architecture, size, dropout_p, run.names)
-            lines += [{"kind": "step", **line} for line in found]
+        lines += speed.measure(architecture, size, dropout_ps, run.names)
     _print_steps(run, lines)
 
 
@@ -196,8 +197,7 @@ def lra(run: Run) -> None:
     for seqlen in lengths:
         sized = dataclasses.replace(run.sized(architecture), seqlen=seqlen)
         size = run.options.batch or run.or_tiny(32768 // seqlen, 2)
-        found = speed.measure(sized, size, 0.0, run.names)
-        lines += [{"kind": "step", **line} for line in found]
+        lines += speed.measure(sized, size, (0.0,), run.names)
     _print_steps(run, lines)
     _accuracy(run)
 
@@ -212,7 +212,7 @@ def _accuracy(run: Run) -> None:
     lines = []
     for seed in range(run.options.seeds):
         for name in (OURS, EXACT):
-            attend = training.build(contenders()[name], architecture, size, 0.0)
+            attend = _build(name, architecture, size)
             state, losses = training.train(
                 architecture,
                 attend,
@@ -229,6 +229,10 @@ def _accuracy(run: Run) -> None:
             run.log.write("accuracy", **fields)
             lines.append({"kind": "accuracy", **fields})
     print(f"\n{headline_report.accuracy_table(lines)}")
+
+
+def _build(name: str, architecture: Architecture, batch: int) -> Attend:
+    return contenders()[name].build(architecture.attention(batch, dropout_p=0.0))
 
 
 def memory_by_length(run: Run) -> None:
@@ -267,7 +271,7 @@ def curves(run: Run) -> None:
     text, size = tasks.source_text(), run.options.batch or run.or_tiny(16, 2)
     found: dict[str, Sequence[float]] = {}
     for name in (OURS, EXACT):
-        attend = training.build(contenders()[name], architecture, size, 0.0)
+        attend = _build(name, architecture, size)
         _, found[name] = training.train(
             architecture,
             attend,
@@ -303,6 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tiny", action="store_true", help="sizes for a CPU, to see that it runs")
     add("--contenders", default=_DEFAULT_CONTENDERS, help="default: %(default)s")
     add("--batch", type=int, help="sequences in a step; default: the command's")
+    add("--dropout", default="0,0.1", help="of bert and gpt2; default: %(default)s")
     add("--rounds", type=int, default=5, help="samples each; default: %(default)s")
     add("--sample-ms", type=float, default=400.0, help="default: %(default)s")
     add("--steps", type=int, help="of training; default: the command's")
@@ -312,6 +317,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="default: headlines_COMMAND.jsonl")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
+
+
+@contextlib.contextmanager
+def _compiling(quickly: bool) -> Iterator[None]:
+    """Tiny programs take longer to optimise than to run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", quickly or before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -324,23 +340,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 for wrong arguments.
     """
     options = _parser().parse_args(argv)
-    unknown = set(options.contenders.split(",")) - set(contenders())
-    torch = {n for n, c in contenders().items() if c.framework == "torch"}
-    unknown |= torch & set(options.contenders.split(","))
+    every = {n: c for n, c in contenders().items() if c.framework == "jax"}
+    names = options.contenders.split(",")
+    unknown = set(names) - set(every)
     if unknown:
-        print(
-            f"--contenders takes JAX contenders, got {sorted(unknown)}", file=sys.stderr
-        )
+        wrong = f"--contenders takes {','.join(every)}, got {sorted(unknown)}"
+        print(wrong, file=sys.stderr)
         return 2
+    if options.command == "memory":
+        # It measures in processes of their own, which need room on the device.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if not (options.tiny or on_gpu()):
         print("without a GPU only --tiny ends in reasonable time", file=sys.stderr)
         return 2
     options.out = options.out or Path(f"headlines_{options.command}.jsonl")
-    # The memory command measures in processes of their own, which need room.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     started = time.monotonic()
-    named = [contenders()[name] for name in options.contenders.split(",")]
-    with options.out.open("a") as file:
+    named = [every[name] for name in names]
+    with options.out.open("a") as file, _compiling(options.tiny):
         log = Log(file)
         command = ["python", "-m", "benchmarks.headlines", *(argv or sys.argv[1:])]
         log.write("run", **{**environment.describe(named), "command": command})

@@ -107,7 +107,7 @@ def _windows(
 def listops_task(
     seqlen: int, num_training: int, num_held_out: int, seed: int = 0
 ) -> Task:
-    """Returns expressions that fill a quarter of the length or more, and their values."""
+    """Returns expressions of a quarter of the length or more, and their values."""
     source = random.Random(seed)
     rows: dict[bytes, int] = {}
     while len(rows) < num_training + num_held_out:

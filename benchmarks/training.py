@@ -1,4 +1,4 @@
-"""Times training steps with one attention after another, and trains with one of them."""
+"""Times training steps with several attentions in turns, and trains with one."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from benchmarks import arrays, timing, transformer
 from benchmarks.cells import Log
-from benchmarks.contenders import Contender, contenders
+from benchmarks.contenders import contenders
 from benchmarks.correctness import Checker, Verdict, failure
 from benchmarks.tasks import Task
 from benchmarks.transformer import Architecture, Attend, Batch, State
+from benchmarks.workloads import Workload
 
 WITHOUT = "no attention"
 """The name of the step whose attention is replaced by q + k + v.
@@ -43,33 +44,29 @@ class Speed:
         self,
         architecture: Architecture,
         batch_size: int,
-        dropout_p: float,
+        dropout_ps: Sequence[float],
         names: Sequence[str],
     ) -> list[dict[str, Any]]:
-        """Returns one line for each attention, and writes them down.
+        """Returns one line for each dropout and attention, and writes them down.
 
         Args:
             architecture: the model.
             batch_size: sequences in a step.
-            dropout_p: of attention and of everything else.
+            dropout_ps: of attention and of everything else, one after another.
             names: contenders' names.
         """
         optimizer = optax.adamw(transformer.LEARNING_RATE)
         state = transformer.start(architecture, optimizer, seed=0)
         batch = transformer.random_batch(architecture, batch_size)
-        samplers, lines = {}, []
-        fields = {
-            "model": architecture.name,
-            "seqlen": architecture.seqlen,
-            "batch": batch_size,
-            "dropout_p": dropout_p,
-        }
-        checker = self._checker(architecture, batch_size, dropout_p)
-        for name in (*names, WITHOUT):
-            verdict, attend = _attention(
-                name, architecture, batch_size, dropout_p, checker
-            )
-            if attend is not None:
+        lines = []
+        for dropout_p in dropout_ps:
+            workload = architecture.attention(batch_size, dropout_p)
+            checker = Checker(workload, arrays.make(workload))
+            samplers, verdicts = {}, {}
+            for name in (*names, WITHOUT):
+                verdicts[name], attend = _attention(name, workload, checker)
+                if attend is None:
+                    continue
                 step = transformer.training_step(
                     architecture, attend, optimizer, dropout_p
                 )
@@ -77,53 +74,48 @@ class Speed:
                     samplers[name] = timing.StateSampler(
                         step, state, (batch,), sample_seconds=self.sample_seconds
                     )
-                    continue
                 except Exception as error:
-                    verdict = failure(error)
-            line = {**fields, "contender": name, "status": verdict.status}
-            lines.append({**line, "reason": verdict.reason})
-        for name, summary in self._timed(f"{architecture.name} {dropout_p}", samplers):
-            lines.append(
-                {
-                    **fields,
+                    verdicts[name] = failure(error)
+            figures = self._timed(f"{architecture.name} {dropout_p:g}", samplers)
+            for name, verdict in verdicts.items():
+                line = {
+                    "model": architecture.name,
+                    "seqlen": architecture.seqlen,
+                    "batch": batch_size,
+                    "dropout_p": dropout_p,
                     "contender": name,
-                    "status": "ok",
-                    **dataclasses.asdict(summary),
-                    "steps_per_second": 1 / summary.seconds,
-                    "planned_bytes": samplers[name].planned_bytes,
+                    "status": verdict.status,
+                    "reason": verdict.reason,
+                    **figures.get(name, {}),
                 }
-            )
-        for line in lines:
-            self.log.write("step", **line)
-        jax.clear_caches()
+                self.log.write("step", **line)
+                lines.append({"kind": "step", **line})
+            jax.clear_caches()
         return lines
-
-    def _checker(
-        self, architecture: Architecture, batch_size: int, dropout_p: float
-    ) -> Checker:
-        workload = architecture.attention(batch_size, dropout_p)
-        return Checker(workload, arrays.make(workload))
 
     def _timed(
         self, label: str, samplers: dict[str, timing.StateSampler]
-    ) -> list[tuple[str, timing.Summary]]:
+    ) -> dict[str, dict[str, Any]]:
         names = list(samplers)
         samples: dict[str, list[float]] = {name: [] for name in names}
-        for index in tqdm(
-            range(self.rounds), desc=label, leave=False, disable=self.quiet
-        ):
-            shift = index % max(len(names), 1)
+        rounds = range(self.rounds)
+        for index in tqdm(rounds, desc=label, leave=False, disable=self.quiet):
+            shift = index % len(names)
             for name in names[shift:] + names[:shift]:
                 samples[name].append(samplers[name].sample())
-        return [(n, timing.summarise(s, samplers[n])) for n, s in samples.items()]
+        figures = {}
+        for name, sampler in samplers.items():
+            summary = timing.summarise(samples[name], sampler)
+            figures[name] = {
+                **dataclasses.asdict(summary),
+                "steps_per_second": 1 / summary.seconds,
+                "planned_bytes": sampler.planned_bytes,
+            }
+        return figures
 
 
 def _attention(
-    name: str,
-    architecture: Architecture,
-    batch_size: int,
-    dropout_p: float,
-    checker: Checker,
+    name: str, workload: Workload, checker: Checker
 ) -> tuple[Verdict, Attend | None]:
     """A contender's attention once it has passed its check, or why it has not."""
     if name == WITHOUT:
@@ -135,14 +127,7 @@ def _attention(
     verdict = checker.verdict(contender, "both")
     if verdict.status != "ok":
         return verdict, None
-    return verdict, build(contender, architecture, batch_size, dropout_p)
-
-
-def build(
-    contender: Contender, architecture: Architecture, batch_size: int, dropout_p: float
-) -> Attend:
-    """Returns a contender's attention for an architecture."""
-    return contender.build(architecture.attention(batch_size, dropout_p))
+    return verdict, contender.build(workload)
 
 
 def train(

@@ -6,6 +6,7 @@ bfloat16, losses float32.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -175,13 +176,14 @@ def features(
         layer, index = scanned
         layer = jax.tree.map(lambda weight: weight.astype(dtype), layer)
         keys = jax.random.split(jax.random.fold_in(key, index), 3)
-        branches = (
-            (
-                "attention_norm",
-                lambda y: _attention(y, layer, attend, dropout_p, keys[0]),
-            ),
-            ("mlp_norm", lambda y: _mlp(y, layer)),
-        )
+
+        def attention(x: jax.Array) -> jax.Array:
+            return _attention(x, layer, attend, dropout_p, keys[0])
+
+        def mlp(x: jax.Array) -> jax.Array:
+            return _mlp(x, layer)
+
+        branches = (("attention_norm", attention), ("mlp_norm", mlp))
         for drop_key, (name, branch) in zip(keys[1:], branches, strict=True):
             y = branch(_norm(x, layer[name]) if pre_norm else x)
             x = x + _dropout(y, dropout_p, drop_key)
@@ -229,9 +231,14 @@ def start(
     architecture: Architecture, optimizer: optax.GradientTransformation, seed: int
 ) -> State:
     """Returns the state before the first step; alike for alike seeds."""
-    params = init(architecture, seed)
-    key = jax.random.key(seed, impl=_PRNG)
-    return State(params, optimizer.init(params), key, jnp.zeros(()))
+
+    @jax.jit
+    def make() -> State:
+        params = init(architecture, seed)
+        key = jax.random.key(seed, impl=_PRNG)
+        return State(params, optimizer.init(params), key, jnp.zeros(()))
+
+    return make()
 
 
 def training_step(
@@ -255,6 +262,7 @@ def training_step(
     return step
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def random_batch(architecture: Architecture, size: int, seed: int = 0) -> Batch:
     """Returns a batch of random tokens, for timing."""
     keys = jax.random.split(jax.random.key(seed), 3)
