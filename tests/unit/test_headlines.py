@@ -68,6 +68,7 @@ def test_lra_compares_accuracies_of_one_seed(tmp_path, monkeypatch):
     assert ours == pytest.approx(exact, rel=1e-4)
 
 
+@pytest.mark.long
 def test_curves_of_ours_and_of_exact_attention_agree(tmp_path):
     lines = run("curves", tmp_path)
     (difference,) = (x for x in lines if x["kind"] == "difference")

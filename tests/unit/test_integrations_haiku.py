@@ -53,7 +53,9 @@ def test_causal_kernel_equals_haiku_with_a_causal_mask():
     check((x, x, x), {"causal": True}, None, causal(7)[None, None], "bfloat16")
 
 
-@pytest.mark.parametrize("lead", [(), (2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "lead", [pytest.param((), marks=pytest.mark.long), (2, 3)], ids=str
+)
 def test_other_lengths_value_and_model_sizes_over_any_batch_axes(lead):
     inputs = (normal(*lead, 2, 5), normal(*lead, 6, 4, seed=1), normal(*lead, 6, 3))
     check(inputs, value_size=13, model_size=15, with_bias=False)
@@ -80,6 +82,7 @@ def test_signature_begins_with_that_of_haiku():
     ]
 
 
+@pytest.mark.long
 def test_vmap_of_a_layer_equals_its_batch():
     flash = transformed(MultiHeadAttention, {"causal": True})
     plain = transformed(hk.MultiHeadAttention)

@@ -41,7 +41,9 @@ def test_causal_kernel_equals_flax_with_a_causal_mask():
     check((x,), {"causal": True}, nn.make_causal_mask(x[..., 0]), dtype="bfloat16")
 
 
-@pytest.mark.parametrize("lead", [(), (2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "lead", [pytest.param((), marks=pytest.mark.long), (2, 3)], ids=str
+)
 def test_cross_attention_over_any_batch_axes(lead):
     inputs = (normal(*lead, 7, 10), normal(*lead, 9, 10, seed=1))
     check((*inputs, normal(*lead, 9, 6, seed=2)))

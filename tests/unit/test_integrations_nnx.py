@@ -125,6 +125,7 @@ def test_dropout_without_a_key_is_refused():
         attention_fn()(x, x, x, dropout_rate=0.1)
 
 
+@pytest.mark.long
 def test_vmap_of_a_layer_equals_its_batch():
     flash, plain = layer({"causal": True}), layer()
     one = function(flash)
