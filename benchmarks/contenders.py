@@ -202,6 +202,42 @@ def _alibi_bias(workload: Workload, dtype: Any) -> jax.Array:
     return (-slopes[None, :, None, None] * distance).astype(dtype)
 
 
+class FlaxLinen(Contender):
+    """flax linen's dot_product_attention: the textbook's steps, dropout included."""
+
+    module = "flax.linen"
+    distribution = "flax"
+    features = frozenset({"dropout"})
+    by_default = False
+
+    def available(self) -> str | None:
+        """Returns why the contender cannot run here, or None."""
+        return _import_failure("flax.linen")
+
+    def build(self, workload: Workload) -> Attention:
+        """Returns dot_product_attention with the workload's options bound."""
+        nn = importlib.import_module("flax.linen")
+        rng = dropout_rng() if workload.dropout_p else None
+
+        def attend(
+            q: jax.Array, k: jax.Array, v: jax.Array, dropout_rng: Any = rng
+        ) -> jax.Array:
+            # The mask is made inside the call, where XLA may fuse it.
+            ones = jnp.ones((1, workload.seqlen), jnp.bool_)
+            return nn.dot_product_attention(
+                q,
+                k,
+                v,
+                mask=nn.make_causal_mask(ones) if workload.causal else None,
+                broadcast_dropout=False,
+                dropout_rng=dropout_rng,
+                dropout_rate=workload.dropout_p,
+                deterministic=workload.dropout_p == 0,
+            )
+
+        return attend
+
+
 class FlashMha(Contender):
     """The two ports of FlashAttention-3 whose entry point is `flash_mha`."""
 
@@ -319,6 +355,7 @@ def contenders() -> dict[str, Contender]:
         Ours("ours-sm80", forced={"forward": "sm80", "backward": "sm80"}),
         JaxNN("jax-cudnn", "cudnn"),
         JaxNN("jax-xla", "xla"),
+        FlaxLinen("flax"),
         FlashMha("dew-fa3", "dew_flash_attn", "dew-flash-attn-cu13", {64, 128, 256}),
         FlashMha("flash-attn3-jax", "flash_attn3_jax", "flash-attn3-jax", {128}),
         Fa4Jax("fa4-jax"),

@@ -27,28 +27,35 @@ from benchmarks.workloads import Workload
 _LENGTHS = "512,1024,2048,4096,8192,16384,32768,65536"
 
 
-def _workload(seqlen: int) -> Workload:
+_HEADS = 16
+
+
+def _workload(seqlen: int, heads: int) -> Workload:
     source = "the head_dim of Llama 3, arXiv:2407.21783"
     return Workload(
-        f"memory_s{seqlen}", 1, seqlen, 16, 16, 128, causal=True, source=source
+        f"memory_s{seqlen}", 1, seqlen, heads, heads, 128, causal=True, source=source
     )
 
 
-def measure(contender_name: str, seqlen: int, gradients: bool) -> dict[str, Any]:
+def measure(
+    contender_name: str, seqlen: int, gradients: bool, heads: int = _HEADS
+) -> dict[str, Any]:
     """Returns the memory that one contender takes for one length.
 
     Args:
         contender_name: a JAX contender's name.
-        seqlen: the sequence length, with one batch entry, 16 heads of 128, causal.
+        seqlen: the sequence length, with one batch entry, heads of 128, causal.
         gradients: the forward and the backward pass instead of the forward alone.
+        heads: how many heads.
 
     Returns:
         A JSON object: `planned_bytes`, and on a GPU `peak_bytes`, both without the
         operands; or a `status` and a `reason`.
     """
-    workload = _workload(seqlen)
+    workload = _workload(seqlen, heads)
     mode = "both" if gradients else "fwd"
-    fields = {"contender": contender_name, "seqlen": seqlen, "mode": mode}
+    fields: dict[str, Any] = {"contender": contender_name, "seqlen": seqlen}
+    fields |= {"mode": mode, "heads": heads}
     try:
         attend = contenders()[contender_name].build(workload)
         operands = jax.block_until_ready(arrays.make(workload).every)
@@ -74,9 +81,11 @@ def _peak(compiled: Any, arguments: Sequence[jax.Array]) -> int:
     return device.memory_stats()["peak_bytes_in_use"] - before
 
 
-def _measure_elsewhere(name: str, seqlen: int, mode: str) -> dict[str, Any]:
+def measure_elsewhere(
+    name: str, seqlen: int, mode: str, heads: int = _HEADS
+) -> dict[str, Any]:
     """Runs `measure` in a process of its own and returns what it printed."""
-    cell = f"--cell={name},{seqlen},{mode}"
+    cell = f"--cell={name},{seqlen},{mode},{heads}"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", cell],
         cwd=environment.ROOT,
@@ -106,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the memory benchmark's command line; returns the exit status."""
     options = _parser().parse_args(argv)
     if options.cell:
-        name, seqlen, mode = options.cell.split(",")
-        print(json.dumps(measure(name, int(seqlen), mode == "both")))
+        name, seqlen, mode, heads = options.cell.split(",")
+        print(json.dumps(measure(name, int(seqlen), mode == "both", int(heads))))
         return 0
     cells = [
         (name, int(seqlen), mode)
@@ -118,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = []
     with options.out.open("w") as file:
         for cell in tqdm(cells, desc="memory"):
-            lines.append(_measure_elsewhere(*cell))
+            lines.append(measure_elsewhere(*cell))
             file.write(json.dumps({"kind": "memory", **lines[-1]}) + "\n")
             file.flush()
     if options.plot:

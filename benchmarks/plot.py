@@ -69,7 +69,7 @@ def save(rows: Rows, path: Path) -> list[Path]:
 
 
 def save_memory(lines: Iterable[dict[str, Any]], path: Path) -> None:
-    """Writes memory by sequence length, a panel for each mode.
+    """Writes memory by sequence length, a panel for each mode that was measured.
 
     Args:
         lines: the JSON objects of `benchmarks.memory`.
@@ -77,10 +77,17 @@ def save_memory(lines: Iterable[dict[str, Any]], path: Path) -> None:
     """
     found = [line for line in lines if line["status"] == "ok"]
     names = list(dict.fromkeys(line["contender"] for line in found))
+    measured = [m for m in MODES if any(line["mode"] == m for line in found)]
     figure, axes = plt.subplots(
-        1, 2, figsize=(10, 4), sharex=True, sharey=True, layout="constrained"
+        1,
+        len(measured),
+        figsize=(5 * len(measured), 4),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, mode in zip(axes, ("fwd", "both"), strict=True):
+    for axis, mode in zip(axes[0], measured, strict=True):
         for index, name in enumerate(names):
             points = sorted(
                 (line["seqlen"], line.get("peak_bytes", line["planned_bytes"]) / _MIB)
@@ -96,8 +103,8 @@ def save_memory(lines: Iterable[dict[str, Any]], path: Path) -> None:
         axis.set_title(_TITLES[mode])
         axis.set_xlabel("sequence length")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("MiB beside the operands")
-    axes[0].legend()
+    axes[0][0].set_ylabel("MiB beside the operands")
+    axes[0][0].legend()
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
 

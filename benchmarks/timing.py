@@ -243,6 +243,55 @@ class QueuedSampler:
         return (time.perf_counter() - start) / self.trips
 
 
+class StateSampler:
+    """Times a step that carries its state on, such as a training step.
+
+    Every sample starts from the same state and runs steps in one loop on the device;
+    each needs the one before, so that none can be hoisted or dropped.
+    """
+
+    overhead = 0.0
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        state: Any,
+        rest: Sequence[Any],
+        *,
+        sample_seconds: float = DEFAULT_SAMPLE_SECONDS,
+    ) -> None:
+        """Compiles, warms up, and settles the trip count.
+
+        Args:
+            step: called as step(state, *rest), returns the next state; any pytree with
+                a `loss` that depends on everything else.
+            state: the state that every sample starts from.
+            rest: the other arguments; any pytrees.
+            sample_seconds: how long one sample should take.
+        """
+
+        def run(trips: jax.Array, state: Any, *rest: Any) -> jax.Array:
+            return jax.lax.fori_loop(
+                0, trips, lambda _, state: step(state, *rest), state
+            ).loss
+
+        self._arguments = (state, *rest)
+        first = jnp.int32(1)
+        self._run = jax.jit(run).lower(first, *self._arguments).compile()
+        planned: Any = self._run.memory_analysis()
+        self.planned_bytes = int(planned.temp_size_in_bytes)
+        """Memory beside the state that the program starts from."""
+        self.trips = 1
+        self.sample()
+        self.trips = trips_for(self.sample(), sample_seconds)
+        self.sample()
+
+    def sample(self) -> float:
+        """Returns the seconds per step of one sample."""
+        trips = jnp.int32(self.trips)
+        return _seconds(self._run, trips, *self._arguments) / self.trips
+
+
 class TorchSampler:
     """Times a PyTorch callable of no arguments on the current CUDA device."""
 

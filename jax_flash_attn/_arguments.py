@@ -144,14 +144,16 @@ def softcap(value: Any) -> float:
     return cap
 
 
-def dropout_p(value: Any, dropout_rng: Any) -> float:
+def dropout_p(
+    value: Any, dropout_rng: Any, name: str = "dropout_p", rng_name: str = "dropout_rng"
+) -> float:
     """The share of probabilities that is dropped."""
-    p = static_number(value, "dropout_p")
+    p = static_number(value, name)
     if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, got {p}.")
+        raise ValueError(f"{name} must be at least 0 and below 1, got {p}.")
     if p > 0.0 and dropout_rng is None:
         raise ValueError(
-            f"dropout_rng must be a JAX PRNG key when dropout_p is {p}, got None."
+            f"{rng_name} must be a JAX PRNG key when {name} is {p}, got None."
         )
     return p
 

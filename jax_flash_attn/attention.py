@@ -277,16 +277,39 @@ def dot_product_attention(
     spec = _arguments.make_spec(
         tuple(arrays.values()), "none", scale=scale, limits=limits, top_left=True
     )
-    if bias is None and mask is None:
-        operands = Operands(tuple(arrays.values()), None, None)
-        results = _run(operands, spec, chosen, return_lse)
-    else:
-        results = _with_dense_mask(arrays, bias, mask, spec, chosen)
+    operands = Operands(tuple(arrays.values()), None, None)
+    results = _dispatch(operands, bias, mask, spec, chosen, return_lse)
     out, lse = results[0], results[-1]
     if return_lse:
         lse = lse.swapaxes(1, 2)
         return (out, lse) if batched else (out[0], lse[0])
     return out if batched else out[0]
+
+
+def attend(
+    named: dict[str, jax.Array],
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    **arguments: Any,
+) -> jax.Array:
+    """Returns attention with flash-attn's arguments and a bias and a mask array.
+
+    Args:
+        named: q, k and v under the names that errors call them by.
+        bias: See `dot_product_attention`.
+        mask: See `dot_product_attention`.
+        **arguments: Those of `canonicalize`.
+    """
+    operands, spec, chosen = canonicalize(named, "none", **arguments)
+    return _dispatch(operands, bias, mask, spec, chosen, return_lse=False)[0]
+
+
+def dense_obstacle(bias: Any, mask: Any) -> str | None:
+    """Why no kernel runs a call with these arrays, or None without them."""
+    if bias is None and mask is None:
+        return None
+    given = "bias" if bias is not None else "mask"
+    return f"a {given} array is passed, which no kernel reads"
 
 
 def _flash_attn(
@@ -336,6 +359,7 @@ def canonicalize(
     deterministic: Any = False,
     dropout_rng: Any = None,
     implementation: Any = "auto",
+    top_left: bool = False,
     **unsupported: Any,
 ) -> tuple[Operands, _spec.AttentionSpec, _spec.Implementation]:
     """Checks flash-attn's arguments and brings them into canonical form."""
@@ -352,6 +376,7 @@ def canonicalize(
         packing,
         scale=_arguments.softmax_scale(softmax_scale, dims.head_dim),
         limits=_arguments.window(window_size, _arguments.static_flag(causal, "causal")),
+        top_left=top_left,
         cap=_arguments.softcap(softcap),
         alibi=slopes is not None,
         p=p,
@@ -412,33 +437,57 @@ def _local_window(value: Any, causal: bool) -> tuple[int, int]:
     return limits
 
 
-def _with_dense_mask(
-    arrays: dict[str, jax.Array],
+def _dispatch(
+    operands: Operands,
     bias: jax.Array | None,
     mask: jax.Array | None,
     spec: _spec.AttentionSpec,
     implementation: _spec.Implementation,
-) -> tuple[jax.Array, jax.Array]:
-    """Attention with a bias or mask array, visibly on the JAX path."""
-    given = "bias" if bias is not None else "mask"
-    obstacle = f"a {given} array is passed, which no kernel reads"
+    return_lse: bool,
+) -> tuple[jax.Array, ...]:
+    """Attention, visibly on the JAX path where a bias or a mask array is passed."""
+    obstacle = dense_obstacle(bias, mask)
+    if obstacle is None:
+        return _run(operands, spec, implementation, return_lse)
     if implementation == "cuda":
         raise NotImplementedError(obstacle)
     if implementation == "auto" and _support.on_gpu():
         _support.warn_of_fallback(obstacle)
-    query, key = arrays["query"], arrays["key"]
+    return _with_dense_arrays(operands, bias, mask, spec)
+
+
+def _with_dense_arrays(
+    operands: Operands,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    spec: _spec.AttentionSpec,
+) -> tuple[jax.Array, jax.Array]:
+    query, key, value = operands.qkv
     seqlen_q, seqlen_k = query.shape[1], key.shape[1]
     offset = jnp.arange(seqlen_k)[None, :] - jnp.arange(seqlen_q)[:, None]
+    diagonal = spec.diagonal(seqlen_q, seqlen_k)
     visible = jnp.ones((seqlen_q, seqlen_k), bool)[None, None]
     if spec.window_left >= 0:
-        visible &= offset >= -spec.window_left
+        visible &= offset >= diagonal - spec.window_left
     if spec.window_right >= 0:
-        visible &= offset <= spec.window_right
+        visible &= offset <= diagonal + spec.window_right
     scores = (query.shape[0], query.shape[2], seqlen_q, seqlen_k)
     bias = _arguments.dense(bias, "bias", scores)
     mask = _arguments.dense(mask, "mask", scores)
     if mask is not None:
         visible &= mask
+    if operands.slopes is not None:
+        slopes = jax.lax.stop_gradient(operands.slopes)[..., None, None]
+        distance = jnp.abs(offset - (seqlen_k - seqlen_q)).astype(slopes.dtype)
+        bias = -slopes * distance if bias is None else bias - slopes * distance
     return dense.attention(
-        query, key, arrays["value"], bias, visible, softmax_scale=spec.softmax_scale
+        query,
+        key,
+        value,
+        bias,
+        visible,
+        softmax_scale=spec.softmax_scale,
+        softcap=spec.softcap,
+        dropout_keys=operands.dropout_keys,
+        dropout_p=spec.dropout_p,
     )

@@ -1,10 +1,13 @@
 """Attention with a bias or mask array, the whole score matrix in memory.
 
-No kernel reads such arrays; `dot_product_attention` comes here with them.
+No kernel reads such arrays; `dot_product_attention` and the integrations come here with
+them.
 """
 
 import jax
 import jax.numpy as jnp
+
+from jax_flash_attn import dropout
 
 
 def attention(
@@ -15,8 +18,11 @@ def attention(
     visible: jax.Array,
     *,
     softmax_scale: float,
+    softcap: float = 0.0,
+    dropout_keys: jax.Array | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (out, lse) of softmax(scale q k^T + bias) v over the visible keys.
+    """Returns (out, lse) of softmax(cap(scale q k^T) + bias) v over the visible keys.
 
     Scores and lse are float32 (float64 for float64 inputs); a query that sees no key,
     or whose scores are all -inf, gets out 0, lse -inf and no gradient.
@@ -28,6 +34,9 @@ def attention(
         bias: Broadcastable to (B, H, Sq, Sk), or None.
         visible: Bools, likewise.
         softmax_scale: Factor of q k^T.
+        softcap: c > 0 replaces scale q k^T by c * tanh(scale q k^T / c).
+        dropout_keys: Philox keys, (B, H, 2) uint32, or None.
+        dropout_p: Share of probabilities that is dropped where keys are given.
 
     Returns:
         out, (B, Sq, H, D) in the dtype of q, and lse, (B, H, Sq).
@@ -40,6 +49,8 @@ def attention(
         softmax_scale, dtype
     )
     scores = scores.reshape(batch, heads, seqlen_q, k.shape[1])
+    if softcap > 0:
+        scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
         scores += bias.astype(dtype)
     scores = jnp.where(visible, scores, -jnp.inf)
@@ -47,7 +58,11 @@ def attention(
     # The inner where keeps -inf minus -inf out of the gradient.
     scores = jnp.where(is_empty, 0, scores)
     lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-    probs = jnp.where(is_empty, 0, jnp.exp(scores - lse)).astype(v.dtype)
+    probs = jnp.where(is_empty, 0, jnp.exp(scores - lse))
+    if dropout_keys is not None:
+        keep = dropout.keep_mask(dropout_keys, seqlen_q, k.shape[1], dropout_p)
+        probs = jnp.where(keep, probs / (1 - dropout_p), 0)
+    probs = probs.astype(v.dtype)
     probs = probs.reshape(batch, heads_k, heads // heads_k, seqlen_q, k.shape[1])
     out = _product("bhgqk,bkhd->bqhgd", probs, v, dtype).astype(q.dtype)
     return out.reshape(q.shape), jnp.where(is_empty, -jnp.inf, lse)[..., 0]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_flash_attn import _ffi, _spec, _support
-from jax_flash_attn.attention import canonicalize
+from jax_flash_attn.attention import canonicalize, dense_obstacle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,8 @@ def explain(
     v: jax.Array | jax.ShapeDtypeStruct,
     *,
     architecture: str | None = None,
+    bias: Any = None,
+    mask: Any = None,
     **arguments: Any,
 ) -> Explanation:
     """Returns what `flash_attn_func` would run for these arguments.
@@ -60,6 +62,9 @@ def explain(
         v: Values, likewise.
         architecture: Explain for this architecture ("sm_90") instead of the first CUDA
             device.
+        bias: Explain a call that passes a bias array, to `dot_product_attention` or to
+            a layer of `jax_flash_attn.integrations`.
+        mask: Likewise, a mask array.
         **arguments: Those of `flash_attn_func`.
 
     Returns:
@@ -92,7 +97,9 @@ def explain(
     obstacle = (
         'implementation="jax" was passed'
         if chosen == "jax"
-        else _support.call_obstacle(dtype, head_dim, spec.softcap) or reason
+        else dense_obstacle(bias, mask)
+        or _support.call_obstacle(dtype, head_dim, spec.softcap)
+        or reason
     )
     if obstacle:
         return Explanation("jax", obstacle, target, "", "", spec, padded)

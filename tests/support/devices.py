@@ -1,7 +1,9 @@
 """What the machine under test has; the only place that skips a test."""
 
 import functools
+import importlib.util
 import os
+from types import ModuleType
 
 import jax
 import pytest
@@ -42,6 +44,13 @@ def require_gpu(count: int = 1, capability: tuple[int, int] = (0, 0)) -> None:
             f"needs {count} CUDA device(s) of compute capability {major}.{minor} or "
             f"later; JAX has {list(cuda_devices())}"
         )
+
+
+def imported(module: str, package: str) -> ModuleType:
+    """Returns a module; skips the calling test file where its package is missing."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs {package}", allow_module_level=True)
+    return importlib.import_module(module)
 
 
 def has_family(family: str) -> bool:

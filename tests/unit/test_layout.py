@@ -21,7 +21,7 @@ CODE_FOLDERS = ("jax_flash_attn", "csrc", "tests", "benchmarks", "examples")
 PYTHON_LAYERS = (
     {"__init__", "__main__"},
     {"cli"},
-    {"explain", "testing"},
+    {"explain", "integrations", "testing"},
     {"attention"},
     {"_vjp"},
     {"_primitives"},
@@ -37,6 +37,14 @@ PYTHON_IMPORTERS = {"_native": {"_ffi"}, "reference": {"cli"}}
 # JAX attributes that only one module may touch.
 JAX_OWNERS = {"jax.ffi": "_ffi", "jax._src": "_compat", "jax.__version__": "_compat"}
 PYTHON_DEPENDENCIES = {"jax", "numpy", "jax_flash_attn"}
+# The framework that each integration, and nothing else, may import.
+INTEGRATIONS = PACKAGE / "integrations"
+FRAMEWORKS = {
+    "linen": "flax",
+    "nnx": "flax",
+    "haiku": "haiku",
+    "equinox": "equinox",
+}
 
 INCLUDABLE = {
     "ffi": {"ffi", "launchers", "runtime", "params"},
@@ -163,14 +171,39 @@ def test_jax_name_is_touched_only_by(name: str, owner: str):
 
 
 def test_package_imports_only_its_dependencies():
-    allowed = PYTHON_DEPENDENCIES | set(sys.stdlib_module_names)
     wrong = [
         f"{relative(path)} imports {name}"
         for path in python_files()
         for name in external_imports(path)
-        if name not in allowed
+        if name not in importable(path)
     ]
     assert wrong == []
+
+
+def importable(path: Path) -> set[str]:
+    names = PYTHON_DEPENDENCIES | set(sys.stdlib_module_names)
+    if path.parent == INTEGRATIONS and path.stem in FRAMEWORKS:
+        names.add(FRAMEWORKS[path.stem])
+    return names
+
+
+def test_integrations_are_one_file_each_and_know_no_other():
+    files = files_under(INTEGRATIONS, ".py")
+    assert {path.stem for path in files} == {*FRAMEWORKS, "__init__", "_options"}
+    siblings = {f"jax_flash_attn.integrations.{name}" for name in FRAMEWORKS}
+    wrong = [
+        f"{relative(path)} imports {name}"
+        for path in files
+        for name in full_names(path)
+        if name in siblings
+    ]
+    assert wrong == []
+
+
+def test_nothing_else_imports_an_integration():
+    assert {
+        module_of(path) for path in python_files() if uses(path, "integrations")
+    } == set()
 
 
 def external_imports(path: Path) -> Iterator[str]:

@@ -1,0 +1,370 @@
+"""The results that FlashAttention is known for, rebuilt on one GPU.
+
+    python -m benchmarks.headlines bert       training speed of BERT-large
+    python -m benchmarks.headlines gpt2       of GPT-2 small and medium
+    python -m benchmarks.headlines lra        long-range arena: speed, memory, accuracy
+    python -m benchmarks.headlines memory     attention's memory by sequence length
+    python -m benchmarks.headlines curves     loss curves against exact attention
+
+Each writes JSON lines, prints a table and writes a plot beside them. `--tiny` runs the
+same on a CPU in seconds.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks import (
+    environment,
+    headline_report,
+    memory,
+    plot,
+    results,
+    tasks,
+    training,
+)
+from benchmarks.cells import Log
+from benchmarks.contenders import contenders, on_gpu
+from benchmarks.results import OURS
+from benchmarks.transformer import Architecture, Attend
+
+EXACT = "jax-xla"
+"""Exact attention, the scores in memory: what ours is held against."""
+
+_DEFAULT_CONTENDERS = "ours,jax-xla,jax-cudnn,dew-fa3,flax"
+
+BERT_LARGE = Architecture(
+    "bert_large",
+    layers=24,
+    width=1024,
+    heads=16,
+    seqlen=512,
+    vocab=30522,
+    objective="masked",
+    mlp_width=4096,
+    pre_norm=False,
+    source="BERT-large, arXiv:1810.04805",
+)
+GPT2 = tuple(
+    Architecture(
+        name,
+        layers,
+        width,
+        heads,
+        seqlen=1024,
+        vocab=50257,
+        objective="next",
+        mlp_width=4 * width,
+        source="GPT-2, Radford et al. 2019",
+    )
+    for name, layers, width, heads in (
+        ("gpt2_small", 12, 768, 12),
+        ("gpt2_medium", 24, 1024, 16),
+    )
+)
+_TEXT = Architecture(
+    "text",
+    layers=4,
+    width=256,
+    heads=4,
+    seqlen=1024,
+    vocab=tasks.NUM_BYTES,
+    objective="class",
+    mlp_width=1024,
+    num_classes=8,
+    source="byte-level text of the long-range arena, arXiv:2011.04006",
+)
+_LISTOPS = dataclasses.replace(
+    _TEXT,
+    name="listops",
+    layers=6,
+    width=512,
+    heads=8,
+    vocab=tasks.LISTOPS_VOCAB,
+    mlp_width=2048,
+    num_classes=10,
+    source="ListOps of the long-range arena, arXiv:2011.04006",
+)
+_LRA = {"text": (_TEXT, tasks.text_task), "listops": (_LISTOPS, tasks.listops_task)}
+_BYTE_GPT = Architecture(
+    "byte_gpt",
+    layers=12,
+    width=512,
+    heads=8,
+    seqlen=1024,
+    vocab=tasks.NUM_BYTES,
+    objective="next",
+    mlp_width=2048,
+    source="a decoder over the standard library's source",
+)
+
+_MEMORY_HEADS = 2
+_MEMORY_LENGTHS = (512, 2048, 8192, 32768, 65536)
+_LONG_LENGTHS = (262144, 1048576)
+_TINY_LENGTHS = (64, 128)
+
+
+def shrunk(architecture: Architecture) -> Architecture:
+    """Returns the architecture at a size that a CPU trains in a moment."""
+    return dataclasses.replace(
+        architecture,
+        layers=1,
+        width=16,
+        heads=2,
+        seqlen=32,
+        vocab=min(architecture.vocab, tasks.NUM_BYTES),
+        mlp_width=32,
+        activations="float32",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One command: its options and where its lines go."""
+
+    options: argparse.Namespace
+    log: Log
+
+    @property
+    def names(self) -> list[str]:
+        """The contenders that were asked for."""
+        return self.options.contenders.split(",")
+
+    def sized(self, architecture: Architecture) -> Architecture:
+        """Returns the architecture, shrunk where the run is tiny."""
+        return shrunk(architecture) if self.options.tiny else architecture
+
+    def or_tiny(self, value: int, tiny: int) -> int:
+        """Returns a size, or the tiny one."""
+        return tiny if self.options.tiny else value
+
+    def speed(self) -> training.Speed:
+        """Returns what times training steps."""
+        return training.Speed(
+            self.log,
+            self.options.rounds,
+            self.options.sample_ms / 1e3,
+            self.options.quiet,
+        )
+
+    def plot_path(self) -> Path:
+        """Returns where the plot goes."""
+        return self.options.out.with_suffix(".png")
+
+
+def _speed(run: Run, architectures: Sequence[Architecture], batch: int) -> None:
+    speed, size = run.speed(), run.options.batch or run.or_tiny(batch, 2)
+    dropout_ps = [float(p) for p in run.options.dropout.split(",")]
+    lines = []
+    for architecture in map(run.sized, architectures):
+        lines += speed.measure(architecture, size, dropout_ps, run.names)
+    _print_steps(run, lines)
+
+
+def _print_steps(run: Run, lines: headline_report.Lines) -> None:
+    print(f"\n{headline_report.steps_table(lines)}")
+    left_out = headline_report.refusals(lines)
+    if left_out:
+        print(f"\nWithout a figure:\n\n{left_out}")
+    headline_report.plot_steps(lines, run.plot_path())
+
+
+def bert(run: Run) -> None:
+    """Training steps of BERT-large, with and without dropout."""
+    _speed(run, (BERT_LARGE,), batch=16)
+
+
+def gpt2(run: Run) -> None:
+    """Training steps of GPT-2, with and without dropout."""
+    chosen = [a for a in GPT2 if run.options.model in (None, a.name)]
+    _speed(run, chosen, batch=8)
+
+
+def lra(run: Run) -> None:
+    """Speed and memory by length, and accuracy over seeds, of one task."""
+    architecture, _ = _LRA[run.options.task]
+    lines: list[dict[str, Any]] = []
+    lengths = (32,) if run.options.tiny else (1024, 2048, 4096)
+    speed = run.speed()
+    for seqlen in lengths:
+        sized = dataclasses.replace(run.sized(architecture), seqlen=seqlen)
+        size = run.options.batch or run.or_tiny(32768 // seqlen, 2)
+        lines += speed.measure(sized, size, (0.0,), run.names)
+    _print_steps(run, lines)
+    _accuracy(run)
+
+
+def _accuracy(run: Run) -> None:
+    architecture, make_task = _LRA[run.options.task]
+    architecture, size = run.sized(architecture), run.or_tiny(32, 8)
+    counts = run.or_tiny(4096, 64), run.or_tiny(1024, 32)
+    task = make_task(architecture.seqlen, *counts)
+    architecture = dataclasses.replace(architecture, num_classes=task.num_classes)
+    steps = run.options.steps or run.or_tiny(400, 4)
+    lines = []
+    for seed in range(run.options.seeds):
+        for name in (OURS, EXACT):
+            attend = _build(name, architecture, size)
+            state, losses = training.train(
+                architecture,
+                attend,
+                task.training.tokens,
+                task.training.labels,
+                batch_size=size,
+                steps=steps,
+                seed=seed,
+                learning_rate=5e-4,
+            )
+            share = training.accuracy(architecture, attend, state.params, task, size)
+            fields = {"model": architecture.name, "contender": name, "seed": seed}
+            fields |= {"steps": steps, "accuracy": share, "loss": losses[-1]}
+            run.log.write("accuracy", **fields)
+            lines.append({"kind": "accuracy", **fields})
+    print(f"\n{headline_report.accuracy_table(lines)}")
+
+
+def _build(name: str, architecture: Architecture, batch: int) -> Attend:
+    return contenders()[name].build(architecture.attention(batch, dropout_p=0.0))
+
+
+def memory_by_length(run: Run) -> None:
+    """Memory of one forward and one backward pass of attention."""
+    lengths = _TINY_LENGTHS if run.options.tiny else _MEMORY_LENGTHS
+    longer = () if run.options.tiny else _LONG_LENGTHS
+    cells = [(OURS, n) for n in (*lengths, *longer)] + [(EXACT, n) for n in lengths]
+    lines = []
+    for name, seqlen in cells:
+        line = memory.measure_elsewhere(name, seqlen, "both", _MEMORY_HEADS)
+        run.log.write("memory", **line)
+        lines.append(line)
+    print(f"\n{_memory_table(lines, (*lengths, *longer))}")
+    plot.save_memory(lines, run.plot_path())
+
+
+def _memory_table(lines: headline_report.Lines, lengths: Sequence[int]) -> str:
+    found = {(line["contender"], line["seqlen"]): line for line in lines}
+
+    def cell(name: str, seqlen: int) -> str:
+        line = found.get((name, seqlen))
+        if line is None:
+            return ""
+        if line["status"] != "ok":
+            return line["status"]
+        num_bytes = line.get("peak_bytes", line["planned_bytes"])
+        return results.three_digits(num_bytes / 2**20)
+
+    body = [[str(n), cell(OURS, n), cell(EXACT, n)] for n in lengths]
+    return results.markdown(["S", f"{OURS}, MiB", f"{EXACT}, MiB"], body)
+
+
+def curves(run: Run) -> None:
+    """Loss curves of ours and of exact attention from one seed, no dropout."""
+    architecture = run.sized(_BYTE_GPT)
+    text, size = tasks.source_text(), run.options.batch or run.or_tiny(16, 2)
+    found: dict[str, Sequence[float]] = {}
+    for name in (OURS, EXACT):
+        attend = _build(name, architecture, size)
+        _, found[name] = training.train(
+            architecture,
+            attend,
+            text,
+            None,
+            batch_size=size,
+            steps=run.options.steps or run.or_tiny(1000, 6),
+            seed=0,
+            learning_rate=6e-4,
+        )
+        run.log.write("curve", contender=name, losses=found[name])
+    difference = headline_report.largest_difference(*found.values())
+    run.log.write("difference", largest_relative=difference)
+    last = {name: headline_report.smoothed(x)[-1] for name, x in found.items()}
+    print("\n" + ", ".join(f"{name}: {loss:.4f}" for name, loss in last.items()))
+    print(f"largest relative difference of the smoothed losses: {difference:.3%}")
+    headline_report.plot_curves(found, run.plot_path())
+
+
+COMMANDS: dict[str, Callable[[Run], None]] = {
+    "bert": bert,
+    "gpt2": gpt2,
+    "lra": lra,
+    "memory": memory_by_length,
+    "curves": curves,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="FlashAttention's headline results.")
+    add = parser.add_argument
+    add("command", choices=COMMANDS)
+    add("--tiny", action="store_true", help="sizes for a CPU, to see that it runs")
+    add("--contenders", default=_DEFAULT_CONTENDERS, help="default: %(default)s")
+    add("--batch", type=int, help="sequences in a step; default: the command's")
+    add("--dropout", default="0,0.1", help="of bert and gpt2; default: %(default)s")
+    add("--rounds", type=int, default=5, help="samples each; default: %(default)s")
+    add("--sample-ms", type=float, default=400.0, help="default: %(default)s")
+    add("--steps", type=int, help="of training; default: the command's")
+    add("--seeds", type=int, default=3, help="of lra; default: %(default)s")
+    add("--task", choices=_LRA, default="text", help="of lra; default: %(default)s")
+    add("--model", choices=[a.name for a in GPT2], help="of gpt2; default: both")
+    add("--out", type=Path, help="default: headlines_COMMAND.jsonl")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+@contextlib.contextmanager
+def _compiling(quickly: bool) -> Iterator[None]:
+    """Tiny programs take longer to optimise than to run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", quickly or before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the headline benchmarks' command line.
+
+    Args:
+        argv: the arguments after the program's name; None takes the process's own.
+
+    Returns:
+        The exit status: 0, or 2 for wrong arguments.
+    """
+    options = _parser().parse_args(argv)
+    every = {n: c for n, c in contenders().items() if c.framework == "jax"}
+    names = options.contenders.split(",")
+    unknown = set(names) - set(every)
+    if unknown:
+        wrong = f"--contenders takes {','.join(every)}, got {sorted(unknown)}"
+        print(wrong, file=sys.stderr)
+        return 2
+    if options.command == "memory":
+        # It measures in processes of their own, which need room on the device.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if not (options.tiny or on_gpu()):
+        print("without a GPU only --tiny ends in reasonable time", file=sys.stderr)
+        return 2
+    options.out = options.out or Path(f"headlines_{options.command}.jsonl")
+    started = time.monotonic()
+    named = [every[name] for name in names]
+    with options.out.open("a") as file, _compiling(options.tiny):
+        log = Log(file)
+        command = ["python", "-m", "benchmarks.headlines", *(argv or sys.argv[1:])]
+        log.write("run", **{**environment.describe(named), "command": command})
+        COMMANDS[options.command](Run(options, log))
+    elapsed = time.monotonic() - started
+    print(f"\n{options.out}, {options.out.with_suffix('.png')}: {elapsed:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

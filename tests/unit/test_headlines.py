@@ -1,0 +1,222 @@
+"""The headline benchmarks: their data and arithmetic, and tiny runs of each command."""
+
+import json
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import (
+    headline_report,
+    headlines,
+    memory,
+    results,
+    tasks,
+    timing,
+    training,
+    transformer,
+)
+from benchmarks.contenders import contenders
+from benchmarks.workloads import Workload
+from tests.support import calls, closeness
+
+TINY = ["--tiny", "--quiet", "--rounds=1", "--sample-ms=1"]
+TOKENS = {"MIN": 11, "MAX": 12, "MED": 13, "SM": 14, "]": 15}
+
+
+def run(command, path, *options):
+    """Runs a command and returns its lines."""
+    path = path / "run.jsonl"
+    assert headlines.main([command, *TINY, f"--out={path}", *options]) == 0
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0]["kind"] == "run"
+    assert lines[0]["command"][:4] == ["python", "-m", "benchmarks.headlines", command]
+    return lines[1:]
+
+
+def test_bert_times_a_step_with_dropout_and_one_without_attention(tmp_path, capsys):
+    lines = run("bert", tmp_path, "--contenders=ours,jax-xla", "--dropout=0.1")
+    found = {line["contender"]: line for line in lines}
+    assert found["jax-xla"]["reason"] == "has no dropout"
+    for name in ("ours", training.WITHOUT):
+        assert found[name]["status"] == "ok"
+        assert found[name]["steps_per_second"] == 1 / found[name]["seconds"]
+        assert found[name]["planned_bytes"] > 0
+    printed = capsys.readouterr().out
+    assert "| bert_large | 32 | 0.1 | ours |" in printed
+    assert "- jax-xla: unsupported: has no dropout" in printed
+
+
+@pytest.mark.long
+def test_gpt2_times_both_models(tmp_path):
+    lines = run("gpt2", tmp_path, "--contenders=ours,jax-xla,flax")
+    done = {(x["model"], x["dropout_p"]) for x in lines if x["status"] == "ok"}
+    models = ("gpt2_small", "gpt2_medium")
+    assert done == {(model, p) for model in models for p in (0.0, 0.1)}
+
+
+def test_lra_compares_accuracies_of_one_seed(tmp_path, monkeypatch):
+    """Steps are timed as those of bert are, so not here."""
+    monkeypatch.setattr(training.Speed, "measure", lambda *_: [])
+    lines = run("lra", tmp_path, "--task=listops", "--seeds=1")
+    found = {x["contender"]: x for x in lines if x["kind"] == "accuracy"}
+    assert found.keys() == {"ours", "jax-xla"}
+    ours, exact = (found[name]["loss"] for name in ("ours", "jax-xla"))
+    assert ours == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.long
+def test_curves_of_ours_and_of_exact_attention_agree(tmp_path):
+    lines = run("curves", tmp_path)
+    (difference,) = (x for x in lines if x["kind"] == "difference")
+    curves = [x["losses"] for x in lines if x["kind"] == "curve"]
+    assert len(curves) == 2
+    assert curves[0][0] == pytest.approx(np.log(256), rel=0.1)
+    assert 0 <= difference["largest_relative"] < 0.01
+
+
+def test_memory_is_measured_by_length(tmp_path, monkeypatch):
+    def here(name, seqlen, mode, heads):
+        return memory.measure(name, seqlen, mode == "both", heads)
+
+    monkeypatch.setattr(memory, "measure_elsewhere", here)
+    lines = run("memory", tmp_path)
+    planned = {(x["contender"], x["seqlen"]): x["planned_bytes"] for x in lines}
+    assert planned.keys() == {(n, s) for n in ("ours", "jax-xla") for s in (64, 128)}
+
+
+@pytest.mark.parametrize(
+    "argv", [["--contenders=nobody"], ["--contenders=torch-flash"]]
+)
+def test_wrong_contenders_are_refused_before_anything_runs(argv, tmp_path, capsys):
+    out = tmp_path / "run.jsonl"
+    assert headlines.main(["bert", "--tiny", *argv, f"--out={out}"]) == 2
+    assert "--contenders takes ours" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_full_sizes_are_refused_without_a_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(headlines, "on_gpu", lambda: False)
+    out = tmp_path / "run.jsonl"
+    assert headlines.main(["bert", f"--out={out}"]) == 2
+    assert "--tiny" in capsys.readouterr().err
+
+
+def parameters(architecture):
+    params = jax.eval_shape(lambda: transformer.init(architecture, 0))
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "published"),
+    [
+        (headlines.BERT_LARGE, 335e6),
+        (headlines.GPT2[0], 124e6),
+        (headlines.GPT2[1], 355e6),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_models_have_the_published_number_of_parameters(architecture, published):
+    assert parameters(architecture) == pytest.approx(published, rel=0.01)
+    assert architecture.head_dim == 64
+
+
+def test_flax_contender_computes_attention():
+    workload = Workload("tiny", 2, 9, 2, 2, 8, causal=True)
+    q, k, v = (
+        jnp.asarray(np.random.default_rng(i).standard_normal(workload.q_shape), "f4")
+        for i in range(3)
+    )
+    attend = contenders()["flax"].build(workload)
+    naive = calls.jit(contenders()["jax-xla"].build(workload))(q, k, v)
+    with jax.enable_x64(True):
+        wide = (np.asarray(x, np.float64) for x in (q, k, v))
+        exact = calls.jit(contenders()["jax-xla"].build(workload))(*wide)
+    closeness.assert_close_to_oracle(calls.jit(attend)(q, k, v), exact, naive)
+
+
+def test_state_sampler_runs_the_step_as_often_as_it_says():
+    state = transformer.State(jnp.zeros(()), None, jnp.zeros(()), jnp.zeros(()))
+    sampler = timing.StateSampler(
+        lambda s, x: s._replace(params=s.params + x, loss=s.params + x),
+        state,
+        (jnp.float32(2),),
+        sample_seconds=1e-6,
+    )
+    assert sampler.trips >= 2
+    assert sampler._run(jnp.int32(5), state, jnp.float32(2)) == 10
+
+
+def tokens(text):
+    words = text.replace("[", "").replace("]", " ]").split()
+    return [TOKENS[word] if word in TOKENS else int(word) + 1 for word in words]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[MAX 2 9 [MIN 4 7] 0]", 9),
+        ("[MIN 5 [SM 9 9 9] 8]", 5),
+        ("[SM 9 [MED 1 8 3] 9]", 1),
+        ("[MED 1 2]", 1),
+    ],
+)
+def test_listops_are_evaluated(text, value):
+    assert tasks.evaluate(tokens(text)) == value
+
+
+def test_listops_that_are_not_closed_are_refused():
+    with pytest.raises(ValueError, match="not closed"):
+        tasks.evaluate(tokens("[MAX 2 9"))
+
+
+def test_listops_follow_the_grammar():
+    source = random.Random(0)
+    made = [tasks.expression(source, 200) for _ in range(200)]
+    kept = [expression for expression in made if expression]
+    assert 50 < len(kept) < 200
+    assert max(map(len, kept)) <= 200
+    assert {tasks.evaluate(expression) for expression in kept} == set(range(10))
+    for expression in kept:
+        operators = sum(11 <= token < 15 for token in expression)
+        assert operators == expression.count(tasks.CLOSE)
+
+
+@pytest.mark.parametrize("make", [tasks.text_task, tasks.listops_task])
+def test_tasks_keep_training_and_held_out_apart(make):
+    task = make(64, 40, 16)
+    assert task.training.tokens.shape == (40, 64)
+    assert task.held_out.tokens.shape == (16, 64)
+    rows = [{row.tobytes() for row in s.tokens} for s in (task.training, task.held_out)]
+    assert not rows[0] & rows[1]
+    assert max(task.training.labels) < task.num_classes
+    again = make(64, 40, 16)
+    np.testing.assert_array_equal(task.training.tokens, again.training.tokens)
+
+
+def step_line(contender, seconds, **fields):
+    line = {"kind": "step", "model": "m", "seqlen": 8, "dropout_p": 0.0}
+    figures = {"seconds": seconds, "spread": 0.01, "planned_bytes": 2**30}
+    return {**line, "contender": contender, "status": "ok", **figures, **fields}
+
+
+def test_table_tells_attentions_share_and_its_own_factor():
+    lines = [
+        step_line(results.OURS, 0.5),
+        step_line("jax-xla", 1.0),
+        step_line(training.WITHOUT, 0.4),
+    ]
+    ours, exact, without = headline_report.steps_table(lines).splitlines()[2:]
+    assert ours == "| m | 8 | 0 | ours | 2 | 1.0% | 20% | 1 | 1.00 | 1.00 |"
+    assert exact == "| m | 8 | 0 | jax-xla | 1 | 1.0% | 60% | 1 | 2.00 | 6.00 |"
+    assert without.endswith("|  | 1 | 0.80 |  |")
+
+
+def test_difference_of_curves_is_of_their_means():
+    first, second = np.full(120, 1.02), np.full(120, 1.0)
+    first[::2] += 0.5
+    first[1::2] -= 0.5
+    assert headline_report.largest_difference(first, second) == pytest.approx(0.02)

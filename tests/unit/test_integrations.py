@@ -1,0 +1,215 @@
+"""What the integrations share: imports, options, arrays that no kernel reads."""
+
+import re
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flash_attn import _support, explain
+from jax_flash_attn.integrations._options import Options
+from tests.support import calls, cases, inputs, layers, oracle
+
+FRAMEWORKS = {
+    "linen": ("flax", "flax"),
+    "nnx": ("flax", "flax"),
+    "haiku": ("haiku", "dm-haiku"),
+    "equinox": ("equinox", "equinox"),
+}
+"""Module and distribution that each integration needs."""
+
+IMPORTS = """
+import importlib, sys
+import jax_flash_attn
+print(*({"flax", "haiku", "equinox"} & set(sys.modules)), sep=",")
+for name in ("flax", "haiku", "equinox"):
+    sys.modules[name] = None
+for name in ("linen", "nnx", "haiku", "equinox"):
+    try:
+        importlib.import_module(f"jax_flash_attn.integrations.{name}")
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_frameworks_are_imported_by_their_integration_alone():
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True
+    )
+    frameworks, *refusals = done.stdout.splitlines()
+    assert frameworks == ""
+    assert refusals == [
+        f"jax_flash_attn.integrations.{name} needs {distribution}: "
+        f"pip install {distribution}"
+        for name, (_, distribution) in FRAMEWORKS.items()
+    ]
+
+
+def heads(seqlen, num_heads=2, head_dim=8, batch=(2,), seed=0):
+    return jnp.asarray(layers.normal(*batch, seqlen, num_heads, head_dim, seed=seed))
+
+
+@pytest.mark.parametrize("dense", [(), ("mask",), ("bias", "mask")], ids="-".join)
+def test_options_compute_what_the_oracle_does(dense):
+    """With and without dense arrays that change nothing."""
+    case = cases.Case(
+        "every_option",
+        "each option on both routes",
+        seqlen_q=24,
+        seqlen_k=31,
+        heads=4,
+        heads_k=2,
+        head_dim=16,
+        dtype="float32",
+        softmax_scale=0.3,
+        causal=True,
+        window_size=(9, -1),
+        softcap=2.0,
+        alibi="h",
+        dropout_p=0.2,
+    )
+    arrays = inputs.make(case)
+    options = Options(
+        causal=True,
+        window_size=(9, -1),
+        softcap=2.0,
+        softmax_scale=0.3,
+        alibi_slopes=arrays["slopes"],
+    )
+    neutral = {"bias": jnp.zeros((24, 31)), "mask": jnp.ones((1, 1, 31))}
+
+    def attend(q, k, v):
+        return options.attend(
+            q,
+            k,
+            v,
+            **{name: neutral[name] for name in dense},
+            dropout_p=0.2,
+            dropout_rng=arrays["dropout_rng"],
+        )
+
+    def with_gradients(q, k, v, dout):
+        out, pullback = jax.vjp(attend, q, k, v)
+        return dict(zip(names, (out, *pullback(dout)), strict=True))
+
+    names = ("out", "dq", "dk", "dv")
+    operands = (arrays[name] for name in ("q", "k", "v", "dout"))
+    results = calls.jit(with_gradients)(*operands)
+    without_dlse = {**arrays, "dlse": jnp.zeros_like(arrays["dlse"])}
+    oracle.check(results, oracle.of(case, without_dlse), names)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 1, 5, 7), (2, 4, 5, 7), (7,)])
+def test_dense_arrays_follow_the_batch_axes(shape):
+    random = np.random.default_rng(0)
+    bias = random.standard_normal(shape).astype(np.float32)
+    mask = random.random(shape) < 0.8
+    mask[..., 0] = True
+    full = (3, 2, 4, 5, 7)
+
+    def ours(q, k):
+        return Options().attend(q, k, k, jnp.asarray(bias), jnp.asarray(mask))
+
+    def theirs(q, k):
+        spread = [jnp.broadcast_to(x, full).reshape(6, *full[2:]) for x in (bias, mask)]
+        q, k = (x.reshape(6, *x.shape[2:]) for x in (q, k))
+        out = jax.nn.dot_product_attention(
+            q, k, k, spread[0].astype(q.dtype), spread[1]
+        )
+        return out.reshape(3, 2, 5, 4, 8)
+
+    leading = {"num_heads": 4, "batch": (3, 2)}
+    layers.assert_equal(
+        ours, theirs, (heads(5, **leading), heads(7, seed=1, **leading))
+    )
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(8, 5), (5, 8)])
+def test_values_of_another_head_dim(head_dim, value_dim):
+    q, k = heads(5, head_dim=head_dim), heads(7, head_dim=head_dim, seed=1)
+    v = heads(7, head_dim=value_dim, seed=2)
+
+    def theirs(q, k, v):
+        probs = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * head_dim**-0.5)
+        return jnp.einsum("bhqk,bkhd->bqhd", probs, v)
+
+    layers.assert_equal(Options().attend, theirs, (q, k, v))
+
+
+def test_options_are_hashable_and_equal_by_value():
+    options = [
+        Options(causal=True, window_size=[3, 0], alibi_slopes=slopes)
+        for slopes in ([0.5, 0.25], np.array([0.5, 0.25]), jnp.array([0.5, 0.25]))
+    ]
+    assert len(set(options)) == 1
+    assert options[0] != Options(causal=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "text"),
+    [
+        ({"causal": 1}, TypeError, "causal must be True or False"),
+        ({"window_size": 4}, TypeError, "window_size must be a pair"),
+        ({"softcap": -1.0}, ValueError, "softcap must be 0"),
+        ({"softmax_scale": "big"}, TypeError, "softmax_scale must be a number"),
+        ({"alibi_slopes": 0.5}, TypeError, "alibi_slopes must be a sequence"),
+        ({"alibi_slopes": ["a"]}, TypeError, "alibi_slopes must be a number"),
+        (
+            {"deterministic_gradients": None},
+            TypeError,
+            "deterministic_gradients must be True or False",
+        ),
+        ({"implementation": "fast"}, ValueError, "implementation must be one of"),
+    ],
+)
+def test_wrong_options_are_refused_when_a_layer_is_made(fields, error, text):
+    with pytest.raises(error, match=text):
+        Options(**fields)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "error", "text"),
+    [
+        ({"query": jnp.ones((5, 8))}, ValueError, "query must have shape"),
+        ({"key": heads(7, batch=(3,))}, ValueError, "key must have the batch axes"),
+        ({"value": heads(6)}, ValueError, "value must have the shape of key"),
+        ({"mask": jnp.ones((1, 2, 1, 5, 7))}, ValueError, "mask must have at most 4"),
+        ({"mask": jnp.ones((3, 1, 5, 7))}, ValueError, "mask must be broadcastable"),
+        ({"bias": jnp.ones((5, 6))}, ValueError, "bias must be broadcastable"),
+        ({"bias": jnp.ones((5, 7), int)}, TypeError, "bias must be floats"),
+    ],
+)
+def test_wrong_arrays_are_refused_by_name(arrays, error, text):
+    taken = {"query": heads(5), "key": heads(7), "value": heads(7), **arrays}
+    with pytest.raises(error, match=re.escape(text)):
+        Options().attend(**taken)
+
+
+def test_window_is_refused_for_a_step_of_a_cache():
+    q, k = heads(1), heads(7)
+    mask = jnp.arange(7) <= 3
+    with pytest.raises(NotImplementedError, match=r"window_size=\(2, 0\) and a mask"):
+        Options(window_size=(2, 0)).attend(q, k, k, mask=mask)
+    assert Options(window_size=(-1, 0)).attend(q, k, k, mask=mask).shape == q.shape
+
+
+@pytest.mark.parametrize("name", ["bias", "mask"])
+def test_dense_array_on_a_gpu_warns_once_and_is_explained(name, monkeypatch):
+    monkeypatch.setattr(_support, "on_gpu", lambda: True)
+    monkeypatch.setattr(_support, "_warned", set())
+    x, array = heads(5), jnp.ones((5, 5))
+    reason = f"a {name} array is passed, which no kernel reads"
+    with pytest.warns(UserWarning, match=reason):
+        Options().attend(x, x, x, **{name: array})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Options().attend(x, x, x, **{name: array})
+        Options(implementation="jax").attend(x, x, x, **{name: array})
+    with pytest.raises(NotImplementedError, match=reason):
+        Options(implementation="cuda").attend(x, x, x, **{name: array})
+    found = explain(x, x, x, architecture="sm_90", **{name: array})
+    assert (found.implementation, found.reason) == ("jax", reason)
