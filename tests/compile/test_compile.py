@@ -16,13 +16,13 @@ EVERYTHING = {
     "softcap": 20.0,
     "alibi": True,
     "dropout_p": 0.1,
+    "deterministic": True,
 }
 
 FEATURES = {
     "plain": {},
     "causal": {"window_right": 0},
     "everything": EVERYTHING,
-    "everything_deterministic": EVERYTHING | {"deterministic": True},
     "window": {"window_left": 100, "window_right": 50},
     "softcap": {"softcap": 20.0},
     "alibi": {"alibi": True},
@@ -70,10 +70,17 @@ def cells(architectures, head_dims, features, dtypes=("bfloat16",)):
     return [Cell(*values) for values in product]
 
 
-def older_family(head_dims, features):
-    """The sm80 family on sm_90, where it runs what the sm90 family does not take."""
-    product = itertools.product(OPERATIONS, ["sm_90"], head_dims, features)
-    return [Cell(*values, "bfloat16", "sm80") for values in product]
+def asked_for(operation, family, head_dims, features):
+    """A family on sm_90, where it runs an operation only when it is asked for."""
+    product = itertools.product([operation], ["sm_90"], head_dims, features)
+    return [Cell(*values, "bfloat16", family) for values in product]
+
+
+HOPPER_BACKWARD = [
+    name
+    for name, options in FEATURES.items()
+    if not options.get("softcap") and not options.get("deterministic")
+]
 
 
 # Shared memory decides between rows; sm_90, sm_80 and sm_86 have each of its sizes.
@@ -81,18 +88,12 @@ COVERING = list(
     dict.fromkeys(
         [
             *cells(["sm_90"], EDGES, ["plain", "causal", "everything"]),
-            *cells(["sm_90"], [40, 64, 128], ["causal_dropout_alibi", "dropout"]),
-            *older_family(EDGES, ["plain", "everything_deterministic"]),
-            *cells(
-                ["sm_80", "sm_86"],
-                EDGES,
-                ["plain", "everything_deterministic"],
-                ["float16"],
-            ),
+            *asked_for("forward", "sm80", EDGES, ["plain", "everything"]),
+            *asked_for("backward", "sm90", [64, 128], HOPPER_BACKWARD),
+            *asked_for("backward", "sm90", [8, 40, 96], ["plain", "causal_dropout"]),
+            *cells(["sm_80", "sm_86"], EDGES, ["plain", "everything"], ["float16"]),
             *cells(["sm_90"], [8, 40, 96, 160, 224], ["everything"], ["float16"]),
-            *cells(
-                ["sm_89", "sm_100", "sm_120"], [64, 256], ["everything_deterministic"]
-            ),
+            *cells(["sm_89", "sm_100", "sm_120"], [64, 256], ["everything"]),
             *cells(["sm_89", "sm_100", "sm_120"], [128], ["plain"], ["float16"]),
         ]
     )
@@ -101,7 +102,8 @@ COVERING = list(
 ALL = [
     *cells(ARCHITECTURES, range(8, 257, 8), FEATURES),
     *cells(ARCHITECTURES, range(8, 257, 8), ["everything"], ["float16"]),
-    *older_family(range(8, 257, 8), FEATURES),
+    *asked_for("forward", "sm80", range(8, 257, 8), FEATURES),
+    *asked_for("backward", "sm90", range(8, 129, 8), HOPPER_BACKWARD),
 ]
 
 PARAMETERS = [

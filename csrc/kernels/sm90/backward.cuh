@@ -12,12 +12,13 @@
 //
 //   ring    stages        filled with                released
 //   keys    1             k and v of the key tile    never
-//   query   kQueryStages  q and lse of a query tile  by each consumer, after dk
-//   dout    kDoutStages   dout and delta             by each consumer, after dv
+//   query   kQueryStages  q and lse of a query tile  by each consumer's warps, after dk
+//   dout    kDoutStages   dout and delta             by each consumer's warps, after dv
 //
 //   barrier  threads               what it orders
-//   1, 2     both consumers (256)  the turns of consumer 0 and of consumer 1
-//   3        both consumers (256)  both are done with k and v, whose place dk and dv take
+//   1, 2     both consumers (256)  the turns of consumer 0 and of consumer 1; at the end of 2, that
+//                                  consumer 0 is done with k, whose place dk of consumer 1 takes
+//   3        consumer 0 (128)      in the end, that it is done with k, whose place dk takes
 //
 // In its turn a consumer starts dv, dk and dq of a step, then scores and dprobs of the next, and
 // passes the turn on; its exponentials run while the other has its turn. A turn that comes says
@@ -291,7 +292,7 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
   constexpr int kFirstRow = kConsumer * 64;
   const int warp = ptx::uniform(static_cast<int>(threadIdx.x) % 128 / 32);
   const int warp_row = kFirstRow + warp * 16;
-  const bool leads = threadIdx.x % 128 == 0;
+  const bool leads = threadIdx.x % 32 == 0;
 
   const tile::RowDescriptor<KeyTile> k_rows(stages.shared + Shapes::kKeyOffset, kFirstRow);
   const tile::RowDescriptor<KeyTile> v_rows(stages.shared + Shapes::kValueOffset, kFirstRow);
@@ -402,6 +403,7 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
   };
 
   int remaining = walk.steps();
+  const bool any_steps = remaining > 0;
   Step step{};
   Step before{-1, 0};  // head -1: the first step has none
   // The first consumer's dq lags a step behind: when its turn comes, the second one has not stored
@@ -446,6 +448,7 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
     start_query_gradient(kConsumer == 0 ? dscores_stage ^ 1 : dscores_stage);
     dscores_stage ^= 1;
     ptx::wgmma_wait<1>();  // dv and dk
+    __syncwarp();          // all lanes have read lse and delta
     if (leads) {
       stages.dout.release(dout_at.stage);
       stages.query.release(query_at.stage);
@@ -476,13 +479,16 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
       start_query_gradient(dscores_stage ^ 1);
       ptx::wgmma_wait<0>();
       add_query_gradient(before);
+      ptx::barrier_arrive(kTurnBarrier + 1, 256);
+      ptx::barrier_sync(kEndBarrier, 128);
     }
+  } else if (any_steps) {
+    ptx::barrier_sync(kTurnBarrier + 1, 256);
   }
 
   const bool spoilt = !dk.is_finite() || !dv.is_finite();
   dk.scale(attention.softmax_scale);
   if constexpr (Config::kDropout) dv.scale(attention.dropout_scale);
-  ptx::barrier_sync(kEndBarrier, 256);  // both consumers are done with k and v
   store_key_gradient<Config>(params.dk, stages.shared + Shapes::kKeyOffset, dk, warp_row,
                              walk.first_key, walk.place.head, batch);
   store_key_gradient<Config>(params.dv, stages.shared + Shapes::kValueOffset, dv, warp_row,
@@ -497,9 +503,9 @@ template <class Config>
 __device__ __forceinline__ void backward(const Sm90BackwardParams& params, unsigned char* shared) {
   const BackwardStages<Config> stages(tile::shared_address(shared));
   if (threadIdx.x == 0) {
-    stages.query.init(kBackwardConsumers);
-    stages.dout.init(kBackwardConsumers);
-    stages.keys.init(kBackwardConsumers);
+    stages.query.init(kBackwardConsumers * 4);
+    stages.dout.init(kBackwardConsumers * 4);
+    stages.keys.init(1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();  // the rings are there
