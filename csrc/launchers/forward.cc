@@ -57,8 +57,6 @@ Status run_sm90(const ForwardCall& call, const ForwardPlan& plan, const jfa::For
   params.forward = forward;
   JFA_RETURN_IF_ERROR(fill_tensor_map(params.q, call.q, shape.seqlen_q, shape.heads, shape.head_dim,
                                       specialization.tile_q));
-  JFA_RETURN_IF_ERROR(fill_tensor_map(params.out, call.out, shape.seqlen_q, shape.heads,
-                                      shape.head_dim, /*rows=*/16));
   if (shape.seqlen_k > 0) {  // a map of nothing can't be made, and none is used
     JFA_RETURN_IF_ERROR(fill_tensor_map(params.k, call.k, shape.seqlen_k, shape.heads_k,
                                         shape.head_dim, specialization.tile_k));

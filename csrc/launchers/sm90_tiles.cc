@@ -20,15 +20,14 @@ struct Row {
 // Rows are tried from the top; the first that serves the head dim and the features is taken.
 //                                tile_q  tile_k  query, key, value stages  prob_buffers
 constexpr Row<ForwardTiles> kForward[] = {
-    {64, Features::kPlain, {192, 128, 2, 2, 2, 1}},
+    {48, Features::kNoDropout, {192, 128, 2, 2, 2, 1}},
     {48, Features::kAny, {192, 96, 2, 2, 2, 1}},
     {64, Features::kAny, {192, 128, 2, 2, 2, 1}},
-    {96, Features::kAny, {192, 96, 2, 2, 2, 1}},
-    {128, Features::kFull, {128, 128, 2, 2, 2, 2}},
-    {128, Features::kAny, {128, 128, 2, 2, 2, 1}},
-    {192, Features::kPlain, {128, 112, 1, 2, 2, 1}},
-    {192, Features::kAny, {128, 64, 2, 2, 2, 1}},
-    {kAnyHeadDim, Features::kPlain, {128, 80, 1, 2, 2, 1}},
+    {96, Features::kFull, {192, 96, 2, 2, 2, 1}},
+    {128, Features::kAny, {128, 128, 2, 2, 2, 2}},
+    {192, Features::kFull, {128, 96, 1, 2, 2, 2}},
+    {192, Features::kAny, {128, 112, 1, 2, 2, 1}},
+    {kAnyHeadDim, Features::kNoDropout, {128, 80, 1, 2, 2, 1}},
     {kAnyHeadDim, Features::kAny, {128, 48, 2, 2, 2, 1}},
 };
 
@@ -63,9 +62,11 @@ StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, int head_dim,
 }
 
 int forward_shared_bytes(const ForwardTiles& tiles, int head_dim) {
+  const int places = 2 * 16 * tiles.query_stages;
   const int barriers = 2 * 8 * (tiles.query_stages + tiles.key_stages + tiles.value_stages);
   return tiles.query_stages * tile_bytes(tiles.tile_q, head_dim) +
-         (tiles.key_stages + tiles.value_stages) * tile_bytes(tiles.tile_k, head_dim) + barriers;
+         (tiles.key_stages + tiles.value_stages) * tile_bytes(tiles.tile_k, head_dim) + places +
+         barriers;
 }
 
 int forward_threads(const ForwardTiles& tiles) { return (tiles.tile_q / 64 + 1) * 128; }

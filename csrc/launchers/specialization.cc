@@ -294,8 +294,11 @@ StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
                                                      const Target& target,
                                                      const std::optional<TileOverride>& forced) {
   JFA_RETURN_IF_ERROR(check_head_dim(shape));
-  // Only where it is asked for: racecheck and synccheck have not passed it yet (docs/tuning.md).
-  if (forced && forced->family == "sm90") {
+  const auto has_sm90 = [&] {
+    return is_hopper(target) && !spec.deterministic &&
+           sm90::backward_tiles(spec, static_cast<int>(shape.head_dim), target).ok();
+  };
+  if (forced ? forced->family == "sm90" : has_sm90()) {
     JFA_RETURN_IF_ERROR(check_hopper(target));
     return sm90_backward(spec, shape, target, forced);
   }

@@ -8,9 +8,9 @@ namespace jax_flash_attn::launchers {
 constexpr int kAnyHeadDim = 256;
 
 // What a row of a table serves: kPlain is no dropout, ALiBi, softcap or unusual scale, all of which
-// hold more values per score in registers; kFull is kPlain without a mask; kNoSoftcap is all but
-// softcap, whose derivative takes the most.
-enum class Features { kFull, kPlain, kNoSoftcap, kAny };
+// hold more values per score in registers; kFull is kPlain without a mask; kNoDropout and
+// kNoSoftcap are all but that one.
+enum class Features { kFull, kPlain, kNoDropout, kNoSoftcap, kAny };
 
 bool serves(Features features, const AttentionSpec& spec);
 

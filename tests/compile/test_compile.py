@@ -71,7 +71,7 @@ def cells(architectures, head_dims, features, dtypes=("bfloat16",)):
 
 
 def asked_for(operation, family, head_dims, features):
-    """A family on sm_90, where it runs an operation only when it is asked for."""
+    """A family on sm_90, be it the tables' choice there or not."""
     product = itertools.product([operation], ["sm_90"], head_dims, features)
     return [Cell(*values, "bfloat16", family) for values in product]
 
@@ -89,6 +89,7 @@ COVERING = list(
         [
             *cells(["sm_90"], EDGES, ["plain", "causal", "everything"]),
             *asked_for("forward", "sm80", EDGES, ["plain", "everything"]),
+            *asked_for("backward", "sm80", [64, 128], ["plain", "causal_dropout"]),
             *asked_for("backward", "sm90", [64, 128], HOPPER_BACKWARD),
             *asked_for("backward", "sm90", [8, 40, 96], ["plain", "causal_dropout"]),
             *cells(["sm_80", "sm_86"], EDGES, ["plain", "everything"], ["float16"]),
@@ -103,7 +104,7 @@ ALL = [
     *cells(ARCHITECTURES, range(8, 257, 8), FEATURES),
     *cells(ARCHITECTURES, range(8, 257, 8), ["everything"], ["float16"]),
     *asked_for("forward", "sm80", range(8, 257, 8), FEATURES),
-    *asked_for("backward", "sm90", range(8, 129, 8), HOPPER_BACKWARD),
+    *asked_for("backward", "sm80", range(8, 257, 8), FEATURES),
 ]
 
 PARAMETERS = [

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.gpu
 
 PLAIN = ("causal_gqa", "ragged_tail")
 MANY_TILES = "many_tiles"
-NO_SOFTCAP = ("dropout_causal", "alibi_bh")
+DROPOUT = "dropout_causal"
+ALIBI = "alibi_bh"
+SOFTCAP = "softcap"
 FEATURES = ("everything_masked_rows", "float16_everything")
 
 CELLS = [
@@ -28,8 +30,9 @@ CELLS = [
         *(((PLAIN[0], row.max_head_dim),) if row.serves_masks else ()),
         *(((MANY_TILES, row.max_head_dim),) if row.serves_masks else ()),
         (PLAIN[1], row.max_head_dim - 24),
-        *(((NO_SOFTCAP[0], row.max_head_dim),) if row.serves_dropout else ()),
-        *(((NO_SOFTCAP[1], row.max_head_dim - 24),) if row.serves_dropout else ()),
+        *(((DROPOUT, row.max_head_dim),) if row.serves_dropout else ()),
+        *(((ALIBI, row.max_head_dim - 24),) if row.serves_alibi else ()),
+        *(((SOFTCAP, row.max_head_dim),) if row.serves_softcap else ()),
         *(((FEATURES[0], row.max_head_dim),) if row.serves_features else ()),
         *(((FEATURES[1], row.max_head_dim - 24),) if row.serves_features else ()),
     )

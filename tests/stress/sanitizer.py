@@ -85,10 +85,9 @@ def main() -> int:
     for packing in ("kv", "qkv"):
         right.append(check(f"{packing}_packed", packed, packing=packing))
     if devices.has_family("sm90"):
-        asked_for = [c for c in CASES if c.head_dim <= 128 and not c.softcap]
-        with testing.override_tiles("backward", "sm90"):
-            for case in (*asked_for, many, dataclasses.replace(many, causal=True)):
-                right.append(check(f"{case.name}_sm90_backward", case))
+        with testing.override_tiles("backward", "sm80"):
+            for case in CASES:
+                right.append(check(f"{case.name}_sm80_backward", case))
     for row in tile_table.rows():
         if not devices.has_family(row.family):
             continue

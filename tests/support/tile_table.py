@@ -38,13 +38,23 @@ class Row:
         return self.features != "kFull"
 
     @property
+    def serves_alibi(self) -> bool:
+        """Whether the row is for ALiBi, too."""
+        return self.features in ("kNoDropout", "kNoSoftcap", "kAny")
+
+    @property
     def serves_dropout(self) -> bool:
-        """Whether the row is for dropout and ALiBi, too."""
+        """Whether the row is for dropout, too."""
         return self.features in ("kNoSoftcap", "kAny")
 
     @property
+    def serves_softcap(self) -> bool:
+        """Whether the row is for softcap, too."""
+        return self.features in ("kNoDropout", "kAny")
+
+    @property
     def serves_features(self) -> bool:
-        """Whether the row is for dropout, ALiBi and softcap, too."""
+        """Whether the row is for all of them at a time."""
         return self.features == "kAny"
 
 

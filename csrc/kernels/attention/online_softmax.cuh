@@ -116,9 +116,10 @@ struct OnlineSoftmax {
         float& total = sum[m][half];
         total += __shfl_xor_sync(0xffffffffu, total, 1);
         total += __shfl_xor_sync(0xffffffffu, total, 2);
-        lse[m][half] = total == 0.0f
-                           ? -ptx::infinity()
-                           : (reference[m][half] * exponent_scale * ptx::kLn2 + logf(total));
+        lse[m][half] =
+            total == 0.0f
+                ? -ptx::infinity()
+                : ptx::kLn2 * (reference[m][half] * exponent_scale + ptx::log2_approx(total));
       }
   }
 

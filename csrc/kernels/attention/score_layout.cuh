@@ -32,6 +32,12 @@ struct ScoreLayout {
   static __device__ constexpr int column_offset(int n, int i) {
     return n / 2 * kColumnStride + n % 2 * 8 + i % 2;
   }
+  // How many column offsets are at most `limit`; none are where that is negative.
+  static __device__ __forceinline__ int columns_up_to(int limit) {
+    const int rest = limit & (kColumnStride - 1);
+    static_assert((kColumnStride & (kColumnStride - 1)) == 0, "the rest is taken by bits");
+    return limit < 0 ? 0 : limit / kColumnStride * 4 + 1 + (rest >= 1) + (rest >= 8) + (rest >= 9);
+  }
 };
 
 // Rows are keys: scores^T of one 16-row block.
@@ -55,6 +61,9 @@ struct TransposedScoreLayout {
   }
 
   static __device__ constexpr int column_offset(int n, int i) { return n * 8 + i % 2; }
+  static __device__ __forceinline__ int columns_up_to(int limit) {
+    return limit < 0 ? 0 : limit / 8 * 2 + 1 + (limit % 8 >= 1);
+  }
 };
 
 }  // namespace jfa::attention

@@ -96,6 +96,27 @@ struct ScoreTransform {
   }
 };
 
+// Sets the scores of columns outside [first, last], relative to a lane's first column, to -inf, in
+// row m, half `half`. The columns inside become bits, which predicate registers take seven at a
+// time, where comparisons would take two instructions each.
+template <class Layout, class Acc>
+__device__ __forceinline__ void mask_columns(Acc& scores, int m, int half, int first, int last) {
+  constexpr int kTilesPerWord = 16;
+  const int begin = Layout::columns_up_to(first - 1);
+  const int end = Layout::columns_up_to(last);
+#pragma unroll
+  for (int word = 0; word * kTilesPerWord < Acc::kColumnTiles; ++word) {
+    const unsigned visible =
+        ptx::low_bits(max(0, end - 32 * word)) & ~ptx::low_bits(max(0, begin - 32 * word));
+#pragma unroll
+    for (int n = word * kTilesPerWord; n < min((word + 1) * kTilesPerWord, Acc::kColumnTiles); ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+        if ((visible & (1u << (2 * (n % kTilesPerWord) + c))) == 0)
+          scores.values[m][n][2 * half + c] = -ptx::infinity();
+  }
+}
+
 // Sets the scores that their query can't see to -inf, by index: what was computed there, from
 // padding or not, is never looked at.
 template <class Config, class Acc, class Layout>
@@ -106,18 +127,10 @@ __device__ __forceinline__ void mask_scores(Acc& scores, const Layout& layout,
   for (int m = 0; m < Acc::kRowTiles; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // Relative to this lane's first key, so that each comparison is with a constant.
       const int query = layout.query(m, 0, 2 * half);
-      const int last = range.last_visible(query) - layout.first_key;
-      const int first = range.first_visible(query) - layout.first_key;
-#pragma unroll
-      for (int n = 0; n < Acc::kColumnTiles; ++n)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int key = Layout::column_offset(n, c);
-          if (key > last || (Config::kWindowed && key < first))
-            scores.values[m][n][2 * half + c] = -ptx::infinity();
-        }
+      mask_columns<Layout>(scores, m, half,
+                           Config::kWindowed ? range.first_visible(query) - layout.first_key : 0,
+                           range.last_visible(query) - layout.first_key);
     }
 }
 
@@ -128,16 +141,9 @@ __device__ __forceinline__ void mask_scores(Acc& scores, const TransposedScoreLa
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int key = layout.key(0, 0, 2 * half);
-    const int last = range.last_seeing(key) - layout.first_query;
-    const int first = range.first_seeing(key) - layout.first_query;
-#pragma unroll
-    for (int n = 0; n < Acc::kColumnTiles; ++n)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int query = TransposedScoreLayout::column_offset(n, c);
-        if (query > last || (Config::kWindowed && query < first))
-          scores.values[0][n][2 * half + c] = -ptx::infinity();
-      }
+    mask_columns<TransposedScoreLayout>(
+        scores, 0, half, Config::kWindowed ? range.first_seeing(key) - layout.first_query : 0,
+        range.last_seeing(key) - layout.first_query);
   }
 }
 

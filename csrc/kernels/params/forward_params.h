@@ -18,7 +18,6 @@ struct Sm90ForwardParams {
   TensorMap q;  // boxes of 64 columns x kTileQ rows
   TensorMap k;  // 64 columns x kTileK rows
   TensorMap v;
-  TensorMap out;  // 64 columns x 16 rows
   ForwardParams forward;
   int query_tiles;    // of one head
   int section_heads;  // (batch, head) pairs whose tiles are sorted by length together

@@ -31,4 +31,11 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
+// A word whose lowest `count` bits are set, all of them from 32 on. Needs: count >= 0.
+__device__ __forceinline__ unsigned low_bits(int count) {
+  unsigned bits;
+  asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(bits) : "r"(count));
+  return bits;
+}
+
 }  // namespace jfa::ptx

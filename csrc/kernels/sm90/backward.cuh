@@ -182,11 +182,11 @@ __device__ __forceinline__ void produce_backward(const Sm90BackwardParams& param
                         const TensorMap& map, int batches, const float* statistics,
                         const typename BackwardWalk<Config>::Step& step) {
     const int first_query = step.query_tile * Config::kTileQ;
-    const unsigned barrier = ring.full(at.stage);
+    const unsigned barrier = ring.full(at.stage());
     ring.begin_fill(at, QueryTile::kBytes + Shapes::kStatisticsBytes);
-    load_panels<QueryTile>(stages.shared + tile_offset + at.stage * QueryTile::kBytes, map, barrier,
-                           first_query, step.head, batch % batches);
-    ptx::bulk_load(stages.shared + statistics_offset + at.stage * Shapes::kStatisticsBytes,
+    load_panels<QueryTile>(stages.shared + tile_offset + at.stage() * QueryTile::kBytes, map,
+                           barrier, first_query, step.head, batch % batches);
+    ptx::bulk_load(stages.shared + statistics_offset + at.stage() * Shapes::kStatisticsBytes,
                    statistics + attention::workspace_row(backward, batch, step.head, first_query),
                    Shapes::kStatisticsBytes, barrier);
     at.advance();
@@ -292,7 +292,6 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
   constexpr int kFirstRow = kConsumer * 64;
   const int warp = ptx::uniform(static_cast<int>(threadIdx.x) % 128 / 32);
   const int warp_row = kFirstRow + warp * 16;
-  const bool leads = threadIdx.x % 32 == 0;
 
   const tile::RowDescriptor<KeyTile> k_rows(stages.shared + Shapes::kKeyOffset, kFirstRow);
   const tile::RowDescriptor<KeyTile> v_rows(stages.shared + Shapes::kValueOffset, kFirstRow);
@@ -317,7 +316,7 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
 
   const auto start_scores = [&] {
     tile::start_row_product<Element, Shapes::kHeadDimSteps>(scores, k_rows, 0, q_rows,
-                                                            query_at.stage * QueryTile::kBytes);
+                                                            query_at.stage() * QueryTile::kBytes);
   };
   const auto statistics = [&](int offset, int stage) {
     return reinterpret_cast<const float*>(shared + offset + stage * Shapes::kStatisticsBytes);
@@ -327,7 +326,7 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
     const int first_query = step.query_tile * Config::kTileQ;
     const attention::ScoreTransform<Config> transform(attention, batch, step.head);
     const attention::TransposedScoreLayout layout(first_query, walk.first_key + warp_row);
-    const float* const lse = statistics(Shapes::kLseOffset, query_at.stage);
+    const float* const lse = statistics(Shapes::kLseOffset, query_at.stage());
     transform.apply(scores, layout);
     const attention::VisibleRange<Config> range(attention);
     if (__builtin_expect(range.cuts(first_query, walk.first_key), false))
@@ -361,7 +360,7 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
     const int first_query = step.query_tile * Config::kTileQ;
     const attention::ScoreTransform<Config> transform(attention, batch, step.head);
     const attention::TransposedScoreLayout layout(first_query, walk.first_key + warp_row);
-    const float* const delta = statistics(Shapes::kDeltaOffset, dout_at.stage);
+    const float* const delta = statistics(Shapes::kDeltaOffset, dout_at.stage());
 #pragma unroll
     for (int n = 0; n < Scores::kColumnTiles; ++n) {
       const float2 column_delta = column_pair(delta, n);
@@ -379,7 +378,7 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
 
   const auto start_dprobs = [&] {
     tile::start_row_product<Element, Shapes::kHeadDimSteps>(dprobs, v_rows, 0, dout_rows,
-                                                            dout_at.stage * QueryTile::kBytes);
+                                                            dout_at.stage() * QueryTile::kBytes);
   };
   // dq of the step whose dscores lie in a stage, and the addition of it once it has come.
   typename Shapes::template QueryGradient<kConsumer> dq;
@@ -442,17 +441,15 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
 
     ptx::barrier_sync(kTurnBarrier + kConsumer, 256);  // dscores are there, see the table above
     tile::start_register_product<Element>(dv, rounded_probs, dout_columns,
-                                          dout_at.stage * QueryTile::kBytes);
+                                          dout_at.stage() * QueryTile::kBytes);
     tile::start_register_product<Element>(dk, rounded_dscores, q_columns,
-                                          query_at.stage * QueryTile::kBytes);
+                                          query_at.stage() * QueryTile::kBytes);
     start_query_gradient(kConsumer == 0 ? dscores_stage ^ 1 : dscores_stage);
     dscores_stage ^= 1;
     ptx::wgmma_wait<1>();  // dv and dk
-    __syncwarp();          // all lanes have read lse and delta
-    if (leads) {
-      stages.dout.release(dout_at.stage);
-      stages.query.release(query_at.stage);
-    }
+    // Every thread has read lse and delta for itself.
+    stages.dout.release(dout_at.stage());
+    stages.query.release(query_at.stage());
     if (--remaining == 0) {
       ptx::wgmma_wait<0>();  // dq
       finish_query_gradient();
@@ -503,8 +500,8 @@ template <class Config>
 __device__ __forceinline__ void backward(const Sm90BackwardParams& params, unsigned char* shared) {
   const BackwardStages<Config> stages(tile::shared_address(shared));
   if (threadIdx.x == 0) {
-    stages.query.init(kBackwardConsumers * 4);
-    stages.dout.init(kBackwardConsumers * 4);
+    stages.query.init(kBackwardConsumers * 128);
+    stages.dout.init(kBackwardConsumers * 128);
     stages.keys.init(1);
     ptx::mbarrier_init_fence();
   }

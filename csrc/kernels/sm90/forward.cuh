@@ -4,18 +4,18 @@
 // (the producer) keeps the copy engine busy; two or three warpgroups (consumers) own 64 query rows
 // each and all keys. A consumer starts q k^T of the next key tile before p v of this one and does
 // the softmax of the next while p v runs; consumers start their products in turn, so that the
-// softmax of one also runs beside the products of the others (FlashAttention-3, section 3).
+// softmax of one also runs beside the products of the others (FlashAttention-3, section 3). The last
+// p v of a query tile and the first q k^T of the next start together, so that out is written while
+// the tensor cores work.
 //
 //   ring       stages          filled with          released
-//   query      kQueryStages    q of a query tile    by each consumer warp, when the copy of its 16
-//                                                   rows of out, staged there, has been read
+//   query      kQueryStages    q of a query tile,   by each consumer thread, after the last q k^T
+//                              and its place
 //   key        kKeyStages      k of a key tile      by each consumer, after q k^T
 //   value      kValueStages    v of a key tile      by each consumer, after p v
 //
 //   barrier             threads                  what it orders
 //   1 + consumer        two consumers (256)      whose turn it is to start products
-//   5 + consumer        one consumer (128)       all warps are done with q before out is staged in
-//                                                its place
 #pragma once
 
 #include <attention/containment.cuh>
@@ -31,13 +31,13 @@
 #include <ptx/warpgroup.cuh>
 #include <tile/descriptor.cuh>
 #include <tile/ring.cuh>
+#include <tile/write_rows.cuh>
 
 namespace jfa::sm90 {
 
 constexpr int kConsumerRows = 64;
 constexpr int kWarpRows = 16;
 constexpr int kTurnBarrier = 1;
-constexpr int kStagingBarrier = 5;
 
 template <class Config>
 struct ForwardShapes {
@@ -52,6 +52,10 @@ struct ForwardShapes {
                     (kConsumers + 1) * kLaunchRegisters,
                 "there are no more registers");
 
+  // Consumers still read the place of a tile whose q they have let go of, when the producer has
+  // filled all query stages anew.
+  static constexpr int kPlaces = 2 * Config::kQueryStages;
+
   using QueryTile = tile::SharedTile<Config::kTileQ, Config::kHeadDim>;
   using KeyTile = tile::SharedTile<Config::kTileK, Config::kHeadDim>;
   using QueryRing = tile::Ring<Config::kQueryStages>;
@@ -64,10 +68,14 @@ struct ForwardShapes {
   static constexpr int kQueryOffset = 0;
   static constexpr int kKeyOffset = kQueryOffset + Config::kQueryStages * QueryTile::kBytes;
   static constexpr int kValueOffset = kKeyOffset + Config::kKeyStages * KeyTile::kBytes;
-  static constexpr int kQueryRingOffset = kValueOffset + Config::kValueStages * KeyTile::kBytes;
+  static constexpr int kPlaceOffset = kValueOffset + Config::kValueStages * KeyTile::kBytes;
+  static constexpr int kQueryRingOffset = kPlaceOffset + kPlaces * static_cast<int>(sizeof(int4));
   static constexpr int kKeyRingOffset = kQueryRingOffset + QueryRing::kBytes;
   static constexpr int kValueRingOffset = kKeyRingOffset + KeyRing::kBytes;
   static constexpr int kSharedBytes = kValueRingOffset + ValueRing::kBytes;
+
+  // Whether the first product of a query tile starts before the last out is written.
+  static constexpr bool kAcrossTiles = Config::kQueryStages > 1;
 
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
   static constexpr int kKeySteps = Config::kTileK / 16;
@@ -82,15 +90,30 @@ template <class Config>
 struct ForwardStages {
   using Shapes = ForwardShapes<Config>;
   unsigned shared;
+  int4* places;
   typename Shapes::QueryRing query;
   typename Shapes::KeyRing key;
   typename Shapes::ValueRing value;
 
-  __device__ __forceinline__ explicit ForwardStages(unsigned shared_address)
-      : shared(shared_address),
-        query{shared_address + Shapes::kQueryRingOffset},
-        key{shared_address + Shapes::kKeyRingOffset},
-        value{shared_address + Shapes::kValueRingOffset} {}
+  __device__ __forceinline__ explicit ForwardStages(unsigned char* shared_memory)
+      : shared(tile::shared_address(shared_memory)),
+        places(reinterpret_cast<int4*>(shared_memory + Shapes::kPlaceOffset)),
+        query{shared + Shapes::kQueryRingOffset},
+        key{shared + Shapes::kKeyRingOffset},
+        value{shared + Shapes::kValueRingOffset} {}
+
+  // Where a query tile lies. Divisions stand between the number of a CTA and its tile; the producer
+  // has time for them.
+  using Place = typename attention::TileOrder<Config>::Place;
+  static constexpr int kNoTile = -1;  // there are no more
+  __device__ __forceinline__ void put_place(const typename Shapes::QueryPosition& at,
+                                            const Place& place) const {
+    places[at.fills % Shapes::kPlaces] = make_int4(place.tile, place.head, place.batch, 0);
+  }
+  __device__ __forceinline__ Place place(const typename Shapes::QueryPosition& at) const {
+    const int4 place = places[at.fills % Shapes::kPlaces];
+    return {ptx::uniform(place.x), ptx::uniform(place.y), ptx::uniform(place.z)};
+  }
 };
 
 // Starts the copies of all panels of a tile.
@@ -109,6 +132,8 @@ template <class Config>
 __device__ __forceinline__ void produce(const Sm90ForwardParams& params,
                                         const ForwardStages<Config>& stages) {
   using Shapes = ForwardShapes<Config>;
+  using Stages = ForwardStages<Config>;
+  using Place = typename Stages::Place;
   using KeyTile = typename Shapes::KeyTile;
   const AttentionParams& attention = params.forward.attention;
   const attention::VisibleRange<Config> range(attention);
@@ -116,89 +141,103 @@ __device__ __forceinline__ void produce(const Sm90ForwardParams& params,
   typename Shapes::QueryPosition query;
   typename Shapes::KeyPosition key;
   typename Shapes::ValuePosition value;
-#pragma unroll 1
-  for (attention::TileOrder<Config> order(params); order.valid(); order.advance()) {
-    const auto place = order.place();
-    const attention::Range key_tiles = range.key_tiles(place.tile * Config::kTileQ);
-    const auto load_key = [&](int key_tile) {
-      stages.key.begin_fill(key, KeyTile::kBytes);
-      load_tile<KeyTile>(stages.shared + Shapes::kKeyOffset + key.stage * KeyTile::kBytes, params.k,
-                         stages.key.full(key.stage), ptx::kEvictLast, key_tile * Config::kTileK,
-                         place.head / group, place.batch % attention.k.batches);
-      key.advance();
-    };
-    const auto load_value = [&](int key_tile) {
-      stages.value.begin_fill(value, KeyTile::kBytes);
-      load_tile<KeyTile>(stages.shared + Shapes::kValueOffset + value.stage * KeyTile::kBytes,
-                         params.v, stages.value.full(value.stage), ptx::kEvictLast,
-                         key_tile * Config::kTileK, place.head / group,
-                         place.batch % attention.v.batches);
-      value.advance();
-    };
-    // The first key tile does not depend on a query stage, which is the last thing that the
-    // consumers let go of.
-    if (!key_tiles.empty()) load_key(key_tiles.end - 1);
-    stages.query.begin_fill(query, Shapes::QueryTile::kBytes);
+  attention::TileOrder<Config> order(params);
+  const auto next_place = [&] {
+    return order.valid() ? order.place() : Place{Stages::kNoTile, 0, 0};
+  };
+  const auto key_tiles_of = [&](const Place& place) {
+    if (place.tile == Stages::kNoTile) return attention::Range{0, 0};
+    return range.key_tiles(place.tile * Config::kTileQ);
+  };
+  const auto load_query = [&](const Place& place) {
+    stages.query.await_empty(query);
+    stages.put_place(query, place);
+    if (place.tile == Stages::kNoTile) {
+      stages.query.announce(query, 0);
+      return;
+    }
+    stages.query.announce(query, Shapes::QueryTile::kBytes);
     load_tile<typename Shapes::QueryTile>(
-        stages.shared + Shapes::kQueryOffset + query.stage * Shapes::QueryTile::kBytes, params.q,
-        stages.query.full(query.stage), ptx::kEvictFirst, place.tile * Config::kTileQ, place.head,
+        stages.shared + Shapes::kQueryOffset + query.stage() * Shapes::QueryTile::kBytes, params.q,
+        stages.query.full(query.stage()), ptx::kEvictFirst, place.tile * Config::kTileQ, place.head,
         place.batch % attention.q.batches);
     query.advance();
+  };
+  const auto load_key = [&](const Place& place, int key_tile) {
+    stages.key.begin_fill(key, KeyTile::kBytes);
+    load_tile<KeyTile>(stages.shared + Shapes::kKeyOffset + key.stage() * KeyTile::kBytes, params.k,
+                       stages.key.full(key.stage()), ptx::kEvictLast, key_tile * Config::kTileK,
+                       place.head / group, place.batch % attention.k.batches);
+    key.advance();
+  };
+  const auto load_value = [&](const Place& place, int key_tile) {
+    stages.value.begin_fill(value, KeyTile::kBytes);
+    load_tile<KeyTile>(stages.shared + Shapes::kValueOffset + value.stage() * KeyTile::kBytes,
+                       params.v, stages.value.full(value.stage()), ptx::kEvictLast,
+                       key_tile * Config::kTileK, place.head / group,
+                       place.batch % attention.v.batches);
+    value.advance();
+  };
+
+  Place place = next_place();
+  load_query(place);
+  attention::Range key_tiles = key_tiles_of(place);
+  if (!key_tiles.empty()) load_key(place, key_tiles.end - 1);
+#pragma unroll 1
+  while (place.tile != Stages::kNoTile) {
+    order.advance();
+    const Place next = next_place();
+    if (Config::kQueryStages > 1) load_query(next);
 #pragma unroll 1
     for (int key_tile = key_tiles.end - 1; key_tile >= key_tiles.begin; --key_tile) {
-      if (key_tile > key_tiles.begin) load_key(key_tile - 1);
-      load_value(key_tile);
+      if (key_tile > key_tiles.begin) load_key(place, key_tile - 1);
+      load_value(place, key_tile);
     }
+    key_tiles = key_tiles_of(next);
+    if (!key_tiles.empty()) load_key(next, key_tiles.end - 1);
+    // The only stage is free when this tile's last key has been used.
+    if (Config::kQueryStages == 1) load_query(next);
+    place = next;
   }
 }
 
-// out rows of a warp, rounded, staged in the place of its q rows and sent off; and lse.
+// out and lse of the 16 rows of a warp.
+// Threads: a whole warp.
 template <class Config, class Out>
-__device__ __forceinline__ void write_rows(
-    const Sm90ForwardParams& params, const typename attention::TileOrder<Config>::Place& place,
-    unsigned staging, Out& out, attention::OnlineSoftmax<1>& softmax, float exponent_scale,
-    int warp_row) {
-  using Shapes = ForwardShapes<Config>;
-  using QueryTile = typename Shapes::QueryTile;
-  const ForwardParams& forward = params.forward;
-  const int lane = ptx::reread_lane();
+__device__ __forceinline__ void write_out(const ForwardParams& params,
+                                          const typename attention::TileOrder<Config>::Place& place,
+                                          Out& out, attention::OnlineSoftmax<1>& softmax,
+                                          float exponent_scale, int warp_row) {
   const int first_query = place.tile * Config::kTileQ + warp_row;
+  const int rows = params.attention.seqlen_q - first_query;
   float lse[1][2];
   softmax.finish(lse, exponent_scale);
+  const int lane = ptx::reread_lane();
+  float* const first_lse =
+      params.lse +
+      (static_cast<long long>(place.batch) * params.attention.heads + place.head) *
+          params.attention.seqlen_q +
+      first_query;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float total = softmax.sum[0][half];
-    float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    if constexpr (Config::kDropout) inverse *= forward.attention.dropout_scale;
+    float inverse = total == 0.0f ? 0.0f : ptx::reciprocal_approx(total);
+    if constexpr (Config::kDropout) inverse *= params.attention.dropout_scale;
 #pragma unroll
     for (int n = 0; n < Out::kColumnTiles; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c) out.values[0][n][2 * half + c] *= inverse;
-    const int query = first_query + lane / 4 + 8 * half;
-    if (lane % 4 == 0 && query < forward.attention.seqlen_q) {
-      const long long row =
-          static_cast<long long>(place.batch) * forward.attention.heads + place.head;
-      forward.lse[row * forward.attention.seqlen_q + query] = lse[0][half];
-    }
+    const int row = lane / 4 + 8 * half;
+    if (lane % 4 == 0 && row < rows) first_lse[row] = lse[0][half];
   }
-  const bool spoilt = Config::kWindowed && !out.is_finite();
-  ptx::barrier_sync(kStagingBarrier + warp_row / kConsumerRows, 128);  // q is read
-  tile::store_accumulator<typename Config::Element, QueryTile, 16, 1>(staging, 0, out, warp_row, 0);
-  ptx::fence_async_proxy();
-  __syncwarp();  // all lanes have staged their part of the warp's rows
-  if (ptx::elect_lane()) {
-#pragma unroll
-    for (int panel = 0; panel < QueryTile::kPanels; ++panel)
-      ptx::tma_store(params.out,
-                     staging + panel * QueryTile::kPanelBytes + warp_row * tile::kPanelRowBytes,
-                     panel * tile::kPanelColumns, first_query, place.head, place.batch);
-    ptx::bulk_commit();
-  }
+  tile::write_rows<typename Config::Element, Config::kHeadDim>(
+      attention::head_address(params.out, place.batch, place.head) +
+          static_cast<long long>(first_query) * params.out.row_stride,
+      params.out.row_stride, rows, out);
   if constexpr (Config::kWindowed) {
-    if (__builtin_expect(__any_sync(0xffffffffu, spoilt), false)) {
-      if (ptx::elect_lane()) ptx::bulk_wait();
-      __syncwarp();  // contain_out reads what the copy of out, and lanes for lse, have stored
-      attention::contain_out<Config>(forward, place.batch, place.head, place.tile * Config::kTileQ,
+    if (__builtin_expect(__any_sync(0xffffffffu, !out.is_finite()), false)) {
+      __syncwarp();  // contain_out reads what other lanes have written
+      attention::contain_out<Config>(params, place.batch, place.head, place.tile * Config::kTileQ,
                                      {first_query, first_query + kWarpRows}, 1);
     }
   }
@@ -209,6 +248,8 @@ template <class Config>
 __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
                                         const ForwardStages<Config>& stages, int consumer) {
   using Shapes = ForwardShapes<Config>;
+  using Stages = ForwardStages<Config>;
+  using Place = typename Stages::Place;
   using Element = typename Config::Element;
   using QueryTile = typename Shapes::QueryTile;
   using KeyTile = typename Shapes::KeyTile;
@@ -224,38 +265,62 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
   const tile::RowDescriptor<KeyTile> k_rows(stages.shared + Shapes::kKeyOffset, 0);
   const tile::ColumnDescriptor<KeyTile> v_columns(stages.shared + Shapes::kValueOffset);
 
+  typename Shapes::Scores scores;
+  typename Shapes::Out out;
   typename Shapes::QueryPosition query;
   typename Shapes::KeyPosition key;
   typename Shapes::ValuePosition value;
-  int staged = -1;  // the query stage whose copy of out may still be read
-  const auto release_staged = [&] {
-    if (staged >= 0 && ptx::elect_lane()) {
-      ptx::bulk_wait_read();
-      stages.query.release(staged);
-    }
-    staged = -1;
+  const auto start_scores = [&] {
+    tile::start_row_product<Element, Shapes::kHeadDimSteps>(
+        scores, q_rows, query.stage() * QueryTile::kBytes, k_rows, key.stage() * KeyTile::kBytes);
+  };
+  const auto release_key = [&] {
+    if (leads) stages.key.release(key.stage());
+    key.advance();
+  };
+  const auto release_value = [&] {
+    if (leads) stages.value.release(value.stage());
+    value.advance();
+  };
+  // The query position stays: it also says where the place of the tile is.
+  const auto release_query = [&] { stages.query.release(query.stage()); };
+  const auto await_turn = [&] {
+    if (Shapes::kConsumers > 1) ptx::barrier_sync(kTurnBarrier + consumer, 256);
+  };
+  const auto pass_turn = [&] {
+    if (Shapes::kConsumers > 1)
+      ptx::barrier_arrive(kTurnBarrier + (consumer + 1) % Shapes::kConsumers, 256);
+  };
+  // Waits for what the first product of a query tile reads, and returns where the tile lies.
+  const auto await_tile = [&]() -> Place {
+    stages.query.wait_full(query);
+    const Place place = stages.place(query);
+    if (place.tile != Stages::kNoTile && !range.key_tiles(place.tile * Config::kTileQ).empty())
+      stages.key.wait_full(key);
+    return place;
   };
 
   // The first consumer starts first.
   if (Shapes::kConsumers > 1 && consumer == Shapes::kConsumers - 1)
     ptx::barrier_arrive(kTurnBarrier, 256);
 
+  Place next;
+  if (Shapes::kAcrossTiles) {
+    next = await_tile();
+    start_scores();
+  }
 #pragma unroll 1
-  for (attention::TileOrder<Config> order(params); order.valid(); order.advance()) {
-    const auto place = order.place();
+  while (true) {
+    if constexpr (!Shapes::kAcrossTiles) next = await_tile();
+    const Place place = next;
+    if (place.tile == Stages::kNoTile) break;
     const int first_query = place.tile * Config::kTileQ;
     const attention::Range key_tiles = range.key_tiles(first_query);
     const attention::ScoreTransform<Config> transform(attention, place.batch, place.head);
 
-    typename Shapes::Scores scores;
-    typename Shapes::Out out;
     out.clear();
     attention::OnlineSoftmax<1> softmax;
 
-    const auto start_scores = [&] {
-      tile::start_row_product<Element, Shapes::kHeadDimSteps>(
-          scores, q_rows, query.stage * QueryTile::kBytes, k_rows, key.stage * KeyTile::kBytes);
-    };
     using Probs = typename Shapes::Probs;
     const auto attend = [&](int key_tile, Probs& probs, auto await_out) {
       const int first_key = key_tile * Config::kTileK;
@@ -278,24 +343,19 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
     };
     const auto start_out = [&](const Probs& probs) {
       stages.value.wait_full(value);
-      tile::start_register_product<Element>(out, probs, v_columns, value.stage * KeyTile::kBytes);
-    };
-    const auto release_value = [&] {
-      if (leads) stages.value.release(value.stage);
-      value.advance();
+      tile::start_register_product<Element>(out, probs, v_columns, value.stage() * KeyTile::kBytes);
     };
     // The probabilities of a key tile, while those of the one before meet their values.
     const auto step = [&](int key_tile, const Probs& before, Probs& probs) {
       constexpr bool kOverlap = Config::kProbBuffers == 2;
       stages.key.wait_full(key);
-      if (Shapes::kConsumers > 1) ptx::barrier_sync(kTurnBarrier + consumer, 256);
+      await_turn();
       start_scores();
       start_out(before);
-      if (Shapes::kConsumers > 1)
-        ptx::barrier_arrive(kTurnBarrier + (consumer + 1) % Shapes::kConsumers, 256);
+      pass_turn();
       ptx::wgmma_wait<kOverlap ? 1 : 0>();  // scores are there; with kOverlap, p v runs on
-      if (leads) stages.key.release(key.stage);
-      key.advance();
+      release_key();
+      if (key_tile == key_tiles.begin) release_query();
       if constexpr (!kOverlap) release_value();
       attend(key_tile, probs, [] {
         if constexpr (kOverlap) ptx::wgmma_wait<0>();
@@ -305,20 +365,33 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
         release_value();
       }
     };
+    // Ends the query tile, with its last p v if it has keys. Starts q k^T of the next, which runs
+    // while out is written; where there is none, of what lies there, and nobody looks at it.
+    const auto place_at = query;
+    const auto cross = [&](auto start_last_out) {
+      query.advance();
+      if constexpr (Shapes::kAcrossTiles) {
+        await_turn();
+        start_last_out();
+        next = await_tile();
+        start_scores();
+        pass_turn();
+        ptx::wgmma_wait<1>();  // out is there
+      } else {
+        start_last_out();
+        ptx::wgmma_wait<0>();
+      }
+    };
     const auto finish = [&](const Probs& probs) {
-      start_out(probs);
-      ptx::wgmma_wait<0>();
+      cross([&] { start_out(probs); });
       release_value();
     };
 
-    stages.query.wait_full(query);
+    if constexpr (!Shapes::kAcrossTiles) start_scores();
+    ptx::wgmma_wait<0>();
+    if (key_tiles.end - key_tiles.begin < 2) release_query();
     if (!key_tiles.empty()) {
-      stages.key.wait_full(key);
-      start_scores();
-      release_staged();
-      ptx::wgmma_wait<0>();
-      if (leads) stages.key.release(key.stage);
-      key.advance();
+      release_key();
       Probs even;
       attend(key_tiles.end - 1, even, [] {});
       int key_tile = key_tiles.end - 2;
@@ -343,25 +416,21 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
         }
       }
     } else {
-      release_staged();
+      cross([] {});
     }
-    // Where the tile lies is worked out again: kept, it would take registers from the loop above.
-    write_rows<Config>(params, order.place(),
-                       stages.shared + Shapes::kQueryOffset + query.stage * QueryTile::kBytes, out,
-                       softmax, transform.exponent_scale, warp_row);
-    staged = query.stage;
-    query.advance();
-    if (Config::kQueryStages == 1) release_staged();
+    // Where the tile lies is read again: kept, it would take registers from the loop above.
+    write_out<Config>(params.forward, stages.place(place_at), out, softmax,
+                      transform.exponent_scale, warp_row);
   }
-  if (ptx::elect_lane()) ptx::bulk_wait();
+  if (Shapes::kAcrossTiles) ptx::wgmma_wait<0>();
 }
 
 template <class Config>
 __device__ __forceinline__ void forward(const Sm90ForwardParams& params, unsigned char* shared) {
   using Shapes = ForwardShapes<Config>;
-  const ForwardStages<Config> stages(tile::shared_address(shared));
+  const ForwardStages<Config> stages(shared);
   if (threadIdx.x == 0) {
-    stages.query.init(Shapes::kConsumers * 4);
+    stages.query.init(Shapes::kConsumers * 128);
     stages.key.init(Shapes::kConsumers);
     stages.value.init(Shapes::kConsumers);
     ptx::mbarrier_init_fence();

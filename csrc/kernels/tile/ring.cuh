@@ -6,18 +6,15 @@
 namespace jfa::tile {
 
 // Where one role stands in a ring. Roles that start with an equal position and advance equally
-// agree on every stage without talking.
+// agree on every stage without talking. One counter, where stage and round would take a register
+// each from loops that have none to spare.
 template <int kStages>
 struct RingPosition {
-  int stage = 0;
-  unsigned round = 0;  // parity of the number of times around
+  unsigned fills = 0;  // so far
 
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      round ^= 1;
-    }
-  }
+  __device__ __forceinline__ int stage() const { return fills % kStages; }
+  __device__ __forceinline__ unsigned round() const { return fills / kStages % 2; }
+  __device__ __forceinline__ void advance() { ++fills; }
 };
 
 // The two barriers of each stage: `full` completes when a stage is filled, `empty` when all its
@@ -42,15 +39,22 @@ struct Ring {
     }
   }
 
-  // For the filling thread: waits until the stage is free and announces what will arrive. The
-  // first round finds every stage free.
+  // For the filling thread: waits until the stage is free and announces what will be copied to it.
+  // The first round finds every stage free.
   __device__ __forceinline__ void begin_fill(const RingPosition<kStages>& at, int bytes) const {
-    ptx::mbarrier_wait(empty(at.stage), at.round ^ 1);
-    ptx::mbarrier_arrive_expect(full(at.stage), bytes);
+    await_empty(at);
+    announce(at, bytes);
+  }
+  // In two steps, for who stores to the stage by itself in between.
+  __device__ __forceinline__ void await_empty(const RingPosition<kStages>& at) const {
+    ptx::mbarrier_wait(empty(at.stage()), at.round() ^ 1);
+  }
+  __device__ __forceinline__ void announce(const RingPosition<kStages>& at, int bytes) const {
+    ptx::mbarrier_arrive_expect(full(at.stage()), bytes);
   }
 
   __device__ __forceinline__ void wait_full(const RingPosition<kStages>& at) const {
-    ptx::mbarrier_wait(full(at.stage), at.round);
+    ptx::mbarrier_wait(full(at.stage()), at.round());
   }
 
   // Threads: one of each user.
