@@ -93,9 +93,6 @@ StatusOr<jfa::Sm90BackwardParams> sm90_params(const BackwardCall& call,
       fill(params.dout, call.dout, shape.seqlen_q, shape.heads, specialization.tile_q));
   JFA_RETURN_IF_ERROR(fill(params.k, call.k, shape.seqlen_k, shape.heads_k, specialization.tile_k));
   JFA_RETURN_IF_ERROR(fill(params.v, call.v, shape.seqlen_k, shape.heads_k, specialization.tile_k));
-  constexpr int kWarpRows = 16;  // a warp stores its own
-  JFA_RETURN_IF_ERROR(fill(params.dk, call.dk, shape.seqlen_k, shape.heads_k, kWarpRows));
-  JFA_RETURN_IF_ERROR(fill(params.dv, call.dv, shape.seqlen_k, shape.heads_k, kWarpRows));
   return params;
 }
 

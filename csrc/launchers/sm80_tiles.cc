@@ -35,7 +35,8 @@ constexpr Row<ForwardTiles> kForward[] = {
 
 // tile_q, tile_k, warps; row warps of the scores, of dk and dv, of dq; stages, unroll, ctas
 constexpr Row<BackwardTiles> kBackward[] = {
-    {64, Chips::kAny, Features::kAny, {128, 128, 8, 4, 4, 4, 2, 2, 1}},
+    {64, Chips::kAny, Features::kNoSoftcap, {128, 128, 8, 4, 4, 4, 2, 2, 1}},
+    {64, Chips::kAny, Features::kAny, {128, 128, 8, 4, 4, 4, 2, 1, 1}},
     {64, Chips::kAny, Features::kAny, {64, 128, 8, 2, 4, 2, 1, 2, 1}},
     {128, Chips::kAny, Features::kAny, {64, 128, 8, 2, 4, 2, 2, 8, 1}},
     {128, Chips::kAny, Features::kAny, {64, 64, 8, 4, 2, 2, 1, 4, 1}},

@@ -26,14 +26,17 @@ constexpr Row<ForwardTiles> kForward[] = {
     {96, Features::kFull, {192, 96, 2, 2, 2, 1}},
     {128, Features::kAny, {128, 128, 2, 2, 2, 2}},
     {192, Features::kFull, {128, 96, 1, 2, 2, 2}},
-    {192, Features::kAny, {128, 112, 1, 2, 2, 1}},
+    {192, Features::kNoDropout, {128, 112, 1, 2, 2, 1}},
+    {192, Features::kAny, {128, 64, 2, 2, 2, 1}},
     {kAnyHeadDim, Features::kNoDropout, {128, 80, 1, 2, 2, 1}},
     {kAnyHeadDim, Features::kAny, {128, 48, 2, 2, 2, 1}},
 };
 
 //                                 tile_q  tile_k  query, dout stages
 constexpr Row<BackwardTiles> kBackward[] = {
-    {128, Features::kNoSoftcap, {64, 128, 2, 2}},
+    {96, Features::kAny, {64, 128, 2, 2}},         {128, Features::kNoDropout, {64, 128, 2, 2}},
+    {128, Features::kNoSoftcap, {64, 128, 2, 2}},  {192, Features::kAny, {64, 64, 2, 2}},
+    {kAnyHeadDim, Features::kAny, {64, 64, 2, 1}},
 };
 
 template <typename Tiles, std::size_t kRows, typename SharedBytes>
@@ -80,10 +83,12 @@ std::string describe(const ForwardTiles& tiles) {
 int backward_shared_bytes(const BackwardTiles& tiles, int head_dim) {
   const int stages = tiles.query_stages + tiles.dout_stages;
   const int statistics = stages * tiles.tile_q * 4;
-  const int barriers = 2 * 8 * (stages + 1);
+  const int barriers = 2 * 8 * (stages + (is_wide(tiles) ? 2 : 1));
+  // Parts of dq, on the way to their sums; the wide kernel exchanges probabilities besides.
+  const int fp32_columns = is_wide(tiles) ? 2 * 64 + tiles.tile_k : (head_dim + 15) / 16 * 16;
   return 2 * tile_bytes(tiles.tile_k, head_dim) + stages * tile_bytes(tiles.tile_q, head_dim) +
-         2 * tile_bytes(tiles.tile_q, tiles.tile_k) +
-         tiles.tile_q * ((head_dim + 15) / 16 * 16) * 4 + statistics + barriers;
+         2 * tile_bytes(tiles.tile_q, tiles.tile_k) + tiles.tile_q * fp32_columns * 4 + statistics +
+         barriers;
 }
 
 int backward_postprocess_shared_bytes(const BackwardTiles& tiles, int head_dim) {

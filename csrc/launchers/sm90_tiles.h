@@ -20,7 +20,7 @@ struct ForwardTiles {
 
 struct BackwardTiles {
   int tile_q;
-  int tile_k;  // 64 for each of the two consumer warpgroups
+  int tile_k;  // 128; or 64, for sm90/wide_backward.cuh
   int query_stages;
   int dout_stages;
 };
@@ -35,7 +35,9 @@ runtime::StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, int h
 // Dynamic shared memory and threads of the kernel built from these tiles (sm90/forward.cuh).
 int forward_shared_bytes(const ForwardTiles& tiles, int head_dim);
 int forward_threads(const ForwardTiles& tiles);
-// Of the main and the postprocess kernel (sm90/backward.cuh).
+// Whether sm90/wide_backward.cuh is the kernel of these tiles, or sm90/backward.cuh.
+inline bool is_wide(const BackwardTiles& tiles) { return tiles.tile_k == 64; }
+// Of the main and the postprocess kernel.
 int backward_shared_bytes(const BackwardTiles& tiles, int head_dim);
 int backward_postprocess_shared_bytes(const BackwardTiles& tiles, int head_dim);
 constexpr int kBackwardThreads = 384;

@@ -202,10 +202,8 @@ StatusOr<BackwardSpecialization> sm80_backward(const AttentionSpec& spec,
 StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
                                                const AttentionShape& shape, const Target& target,
                                                const std::optional<TileOverride>& forced) {
-  if (spec.deterministic || spec.softcap > 0.0) {
-    return Status::unimplemented(
-        "The sm90 family has neither a deterministic backward nor one with softcap.");
-  }
+  if (spec.deterministic)
+    return Status::unimplemented("The sm90 family has no deterministic backward.");
   const int head_dim = static_cast<int>(shape.head_dim);
   JFA_ASSIGN_OR_RETURN(const sm90::BackwardTiles tiles,
                        chosen_tiles(forced, spec, head_dim, target, sm90::backward_tiles,
@@ -219,14 +217,16 @@ StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
   constant(config, "kQueryStages", tiles.query_stages);
   constant(config, "kDoutStages", tiles.dout_stages);
   feature_constants(config, spec);
+  const std::string kernel = sm90::is_wide(tiles) ? "wide_backward" : "backward";
+  const std::string file = "sm90/" + kernel + ".cuh";
+  const std::string function = "jfa::sm90::" + kernel;
   const std::string postprocess_entry = "flash_backward_postprocess_sm90";
   const std::string postprocess =
-      program("sm90/backward.cuh", config, sm90::kBackwardPostprocessThreads, 1, postprocess_entry,
-              "BackwardParams", "jfa::sm90::backward_postprocess<Config>(params, shared)");
+      program(file, config, sm90::kBackwardPostprocessThreads, 1, postprocess_entry,
+              "BackwardParams", function + "_postprocess<Config>(params, shared)");
   const std::string entry = "flash_backward_sm90";
-  const std::string source =
-      program("sm90/backward.cuh", config, sm90::kBackwardThreads, 1, entry, "Sm90BackwardParams",
-              "jfa::sm90::backward<Config>(params, shared)");
+  const std::string source = program(file, config, sm90::kBackwardThreads, 1, entry,
+                                     "Sm90BackwardParams", function + "<Config>(params, shared)");
   return BackwardSpecialization{Family::kSm90,
                                 sm90::describe(tiles),
                                 tiles.tile_q,

@@ -42,6 +42,10 @@ CASES = (
         )
         for head_dim in (40, 64, 128, 256)
     ),
+    *(
+        dataclasses.replace(PLAIN, name=f"gqa_{d}", head_dim=d, heads=6, causal=True)
+        for d in (104, 200)
+    ),
     dataclasses.replace(PLAIN, name="float16", dtype="float16", causal=True),
     dataclasses.replace(PLAIN, name="causal", causal=True),
     dataclasses.replace(PLAIN, name="window", window_size=(40, 20)),

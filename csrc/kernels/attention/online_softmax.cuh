@@ -35,18 +35,33 @@ struct OnlineSoftmax {
       }
   }
 
+  // What `out` has still to see of references that moved: a factor for each row.
+  struct Rescale {
+    bool any = false;  // the same in the whole warp
+    float factor[kRowTiles][2];
+
+    template <class Out>
+    __device__ __forceinline__ void apply(Out& out) const {
+      if (!any) return;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < Out::kColumnTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) out.values[m][n][i] *= factor[m][i / 2];
+    }
+  };
+
   // Turns scores into probabilities relative to the reference and rescales `out` when it moves.
   template <class Scores, class Out>
   __device__ __forceinline__ void update(Scores& scores, Out& out, float exponent_scale) {
-    advance(scores, out, exponent_scale, [] {});
+    advance(scores, exponent_scale).apply(out);
     exponentiate(scores, exponent_scale);
   }
 
-  // Moves the references that the maxima of `scores` have left behind, and with them sums and out.
-  // Calls await_out() first where a row of the warp moves.
-  template <class Scores, class Out, class AwaitOut>
-  __device__ __forceinline__ void advance(const Scores& scores, Out& out, float exponent_scale,
-                                          AwaitOut await_out) {
+  // Moves the references that the maxima of `scores` have left behind, and with them the sums.
+  template <class Scores>
+  __device__ __forceinline__ Rescale advance(const Scores& scores, float exponent_scale) {
     float row_max[kRowTiles][2];
     bool moves = false;
 #pragma unroll
@@ -57,9 +72,22 @@ struct OnlineSoftmax {
         // -inf minus -inf is NaN and compares false: a row without keys so far does not move.
         moves |= (row_max[m][half] - reference[m][half]) * exponent_scale > kLazyRescaleLog2;
       }
-    if (!__any_sync(0xffffffffu, moves)) return;
-    await_out();
-    rescale(row_max, out, exponent_scale);
+    Rescale rescale;
+    if (!__any_sync(0xffffffffu, moves)) return rescale;
+    rescale.any = true;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float moved = fmaxf(reference[m][half], row_max[m][half]);
+        rescale.factor[m][half] =
+            moved == reference[m][half]
+                ? 1.0f
+                : ptx::exp2_approx((reference[m][half] - moved) * exponent_scale);
+        reference[m][half] = moved;
+        sum[m][half] *= rescale.factor[m][half];
+      }
+    return rescale;
   }
 
   // Turns scores into probabilities relative to the references and adds them to the row sums.
@@ -84,11 +112,11 @@ struct OnlineSoftmax {
   // For a single row tile, leaving the scores as they are: calls emit(pair, left, right) with the
   // probabilities of each pair of column tiles. First with the references as they are; only where
   // a sum shows that they won't do, or a row has none, after advance(). So the usual tile costs no
-  // maximum, and no exchange between threads.
+  // maximum, and no exchange between threads. What comes back is for `out`, which products may
+  // still be adding to: to wait for them here, where warps part ways, is not allowed.
   // kTryReference: false leaves the first attempt out, for callers whose `emit` is long.
-  template <bool kTryReference, class Scores, class Out, class Emit, class AwaitOut>
-  __device__ __forceinline__ void attend(const Scores& scores, Out& out, float exponent_scale,
-                                         Emit emit, AwaitOut await_out) {
+  template <bool kTryReference, class Scores, class Emit>
+  __device__ __forceinline__ Rescale attend(const Scores& scores, float exponent_scale, Emit emit) {
     float tile_sum[2];
     if (kTryReference && settled) {
       emit_probs(scores, tile_sum, exponent_scale, emit);
@@ -96,15 +124,16 @@ struct OnlineSoftmax {
       if (__builtin_expect(!__any_sync(0xffffffffu, too_large), true)) {
         sum[0][0] += tile_sum[0];
         sum[0][1] += tile_sum[1];
-        return;
+        return Rescale();
       }
     }
-    advance(scores, out, exponent_scale, await_out);
+    const Rescale rescale = advance(scores, exponent_scale);
     emit_probs(scores, tile_sum, exponent_scale, emit);
     sum[0][0] += tile_sum[0];
     sum[0][1] += tile_sum[1];
     settled = __all_sync(0xffffffffu,
                          reference[0][0] > -ptx::infinity() && reference[0][1] > -ptx::infinity());
+    return rescale;
   }
 
   // Completes the row sums and returns lse in natural log units.
@@ -159,25 +188,6 @@ struct OnlineSoftmax {
           fmaxf(maximum, fmaxf(scores.values[m][n][2 * half], scores.values[m][n][2 * half + 1]));
     maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
     return fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
-  }
-
-  template <class Out>
-  __device__ __forceinline__ void rescale(const float (&row_max)[kRowTiles][2], Out& out,
-                                          float exponent_scale) {
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float moved = fmaxf(reference[m][half], row_max[m][half]);
-        if (moved == reference[m][half]) continue;
-        const float factor = ptx::exp2_approx((reference[m][half] - moved) * exponent_scale);
-        reference[m][half] = moved;
-        sum[m][half] *= factor;
-#pragma unroll
-        for (int n = 0; n < Out::kColumnTiles; ++n)
-#pragma unroll
-          for (int c = 0; c < 2; ++c) out.values[m][n][2 * half + c] *= factor;
-      }
   }
 };
 

@@ -19,8 +19,9 @@ struct ScoreTransform {
   float scale_log2;     // softmax_scale * log2(e)
   float softcap_input;  // 2 * softmax_scale * log2(e) / softcap
   float softcap_log2;   // softcap * log2(e)
-  float slope_log2;     // ALiBi slope * log2(e)
-  int bottom_right;     // seqlen_k - seqlen_q
+  float inverse_softcap_log2;
+  float slope_log2;  // ALiBi slope * log2(e)
+  int bottom_right;  // seqlen_k - seqlen_q
 
   __device__ __forceinline__ ScoreTransform(const AttentionParams& params, int batch, int head)
       : scale_log2(params.softmax_scale * ptx::kLog2E),
@@ -29,6 +30,7 @@ struct ScoreTransform {
     if constexpr (Config::kSoftcap) {
       softcap_input = 2.0f * scale_log2 / params.softcap;
       softcap_log2 = params.softcap * ptx::kLog2E;
+      inverse_softcap_log2 = 1.0f / softcap_log2;
     }
     if constexpr (Config::kAlibi) {
       const float* slopes = static_cast<const float*>(params.slopes.data);
@@ -66,8 +68,7 @@ struct ScoreTransform {
                                           int query, int key) const {
     const float gradient = prob * (dprob - delta);
     if constexpr (!Config::kSoftcap) return gradient;
-    // A probability of 0 has no logarithm, and no gradient either.
-    return prob == 0.0f ? 0.0f : gradient * softcap_derivative(prob, lse_log2, query, key);
+    return gradient * softcap_derivative(prob, lse_log2, query, key);
   }
 
   template <class Acc, class Layout>
@@ -86,13 +87,15 @@ struct ScoreTransform {
   }
 
   // d(capped score) / d(scaled score) = 1 - tanh^2, from the probability that the score became:
-  // its log2 gives the score back, so that no copy of the scores is kept.
+  // its log2 gives the score back, so that no copy of the scores is kept. A probability of 0 has no
+  // gradient, and any finite derivative leaves it so: where its logarithm makes that -inf or NaN,
+  // fmaxf makes it 0, without a branch.
   __device__ __forceinline__ float softcap_derivative(float prob, float lse_log2, int query,
                                                       int key) const {
     float score = ptx::log2_approx(prob) + lse_log2;
     if constexpr (Config::kAlibi) score -= alibi_bias(query, key);
-    const float tanh_value = score / softcap_log2;
-    return 1.0f - tanh_value * tanh_value;
+    const float tanh_value = score * inverse_softcap_log2;
+    return fmaxf(0.0f, fmaf(-tanh_value, tanh_value, 1.0f));
   }
 };
 

@@ -41,8 +41,6 @@ struct Sm90BackwardParams {
   TensorMap dout;
   TensorMap k;  // 64 columns x kTileK rows
   TensorMap v;
-  TensorMap dk;  // 64 columns x 16 rows
-  TensorMap dv;
   BackwardParams backward;
 };
 

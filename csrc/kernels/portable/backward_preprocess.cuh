@@ -56,8 +56,15 @@ __device__ __forceinline__ void backward_preprocess(const BackwardParams& params
   };
   const float* lse = statistics(params.lse, params.lse_batches);
 
+  // First, since nobody waits for stores: they are on their way while rows are read.
+  const long long row_floats = params.padded_columns;
+  float4* accum = reinterpret_cast<float4*>(params.dq_accum +
+                                            (head * params.padded_rows + first_row) * row_floats);
+  for (int i = threadIdx.x; i < kPreprocessRows * row_floats / 4; i += kPreprocessThreads)
+    accum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+
   const int chunk = threadIdx.x % Shapes::kThreadsPerRow;
-#pragma unroll 4
+#pragma unroll 8
   for (int pass = 0; pass < kPreprocessRows / Shapes::kRowsPerPass; ++pass) {
     const int row = first_row + pass * Shapes::kRowsPerPass +
                     static_cast<int>(threadIdx.x) / Shapes::kThreadsPerRow;
@@ -82,11 +89,6 @@ __device__ __forceinline__ void backward_preprocess(const BackwardParams& params
     }
   }
 
-  const long long row_floats = params.padded_columns;
-  float4* accum = reinterpret_cast<float4*>(params.dq_accum +
-                                            (head * params.padded_rows + first_row) * row_floats);
-  for (int i = threadIdx.x; i < kPreprocessRows * row_floats / 4; i += kPreprocessThreads)
-    accum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   if (place.tile == 0 && threadIdx.x == 0) params.spoilt[head] = 0;
   if (params.turns != nullptr) {
     constexpr int kTurns = kPreprocessRows / kSmallestQueryTile;

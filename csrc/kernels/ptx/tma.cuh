@@ -37,17 +37,6 @@ __device__ __forceinline__ void bulk_load(unsigned shared, const void* global, i
       : "memory");
 }
 
-// Starts the copy of a box to global memory as part of this thread's open bulk group.
-// Threads: one. Needs: the writers' fence_async_proxy() and a barrier before it.
-__device__ __forceinline__ void tma_store(const TensorMap& map, unsigned shared, int column,
-                                          int row, int head, int batch) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
-          &map),
-      "r"(shared), "r"(column), "r"(row), "r"(head), "r"(batch)
-      : "memory");
-}
-
 // Starts the addition of contiguous floats in shared memory to as many in global memory, as part of
 // this thread's open bulk group.
 // Threads: one. Needs: the writers' fence_async_proxy() and a barrier before it; addresses and size
@@ -66,11 +55,6 @@ __device__ __forceinline__ void bulk_commit() {
 // Waits until this thread's bulk groups have read their shared memory, which may then be reused.
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
-// Waits until this thread's bulk groups are complete.
-__device__ __forceinline__ void bulk_wait() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 // Orders this thread's stores to shared memory before later reads of it by the copy engine and by

@@ -12,13 +12,11 @@
 //
 //   ring    stages        filled with                released
 //   keys    1             k and v of the key tile    never
-//   query   kQueryStages  q and lse of a query tile  by each consumer's warps, after dk
-//   dout    kDoutStages   dout and delta             by each consumer's warps, after dv
+//   query   kQueryStages  q and lse of a query tile  by each consumer's threads, after dk
+//   dout    kDoutStages   dout and delta             by each consumer's threads, after dv
 //
 //   barrier  threads               what it orders
-//   1, 2     both consumers (256)  the turns of consumer 0 and of consumer 1; at the end of 2, that
-//                                  consumer 0 is done with k, whose place dk of consumer 1 takes
-//   3        consumer 0 (128)      in the end, that it is done with k, whose place dk takes
+//   1, 2     both consumers (256)  the turns of consumer 0 and of consumer 1
 //
 // In its turn a consumer starts dv, dk and dq of a step, then scores and dprobs of the next, and
 // passes the turn on; its exponentials run while the other has its turn. A turn that comes says
@@ -27,32 +25,14 @@
 // step before that, whose place is written next. Two stages of dscores suffice.
 #pragma once
 
-#include <attention/containment.cuh>
-#include <attention/dropout.cuh>
-#include <attention/head_address.cuh>
-#include <attention/score_layout.cuh>
-#include <attention/score_transform.cuh>
-#include <attention/visible_range.cuh>
-#include <params/backward_params.h>
-#include <ptx/tma.cuh>
-#include <ptx/warpgroup.cuh>
-#include <tile/bulk_accumulator.cuh>
-#include <tile/copy.cuh>
-#include <tile/descriptor.cuh>
-#include <tile/ring.cuh>
+#include <sm90/backward_steps.cuh>
 
 namespace jfa::sm90 {
 
-constexpr int kBackwardConsumers = 2;
-constexpr int kBackwardThreads = (kBackwardConsumers + 1) * 128;
-constexpr int kBackwardConsumerRegisters = 240;
-constexpr int kBackwardProducerRegisters = 24;
 constexpr int kTurnBarrier = 1;  // and 2
-constexpr int kEndBarrier = 3;
 
 template <class Config>
 struct BackwardShapes {
-  static_assert(!Config::kSoftcap, "its derivative needs registers that are taken");
   static_assert(Config::kTileK == 64 * kBackwardConsumers, "a consumer owns 64 keys");
   static_assert(Config::kTileQ == 64, "dq is one product of 64 rows");
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
@@ -105,178 +85,11 @@ struct BackwardShapes {
   static constexpr int kSharedBytes = kKeyRingOffset + KeyRing::kBytes;
 };
 
-template <class Config>
-struct BackwardStages {
-  using Shapes = BackwardShapes<Config>;
-  unsigned shared;
-  typename Shapes::QueryRing query;
-  typename Shapes::DoutRing dout;
-  typename Shapes::KeyRing keys;
-
-  __device__ __forceinline__ explicit BackwardStages(unsigned shared_address)
-      : shared(shared_address),
-        query{shared_address + Shapes::kQueryRingOffset},
-        dout{shared_address + Shapes::kDoutRingOffset},
-        keys{shared_address + Shapes::kKeyRingOffset} {}
-};
-
-// A CTA's walk: all query tiles that see its keys, for each query head of its group.
-template <class Config>
-struct BackwardWalk {
-  attention::GridPlace place;  // head is the key head
-  int group;
-  int first_key;
-  attention::Range query_tiles;
-
-  __device__ __forceinline__ explicit BackwardWalk(const AttentionParams& attention)
-      : place((attention.seqlen_k + Config::kTileK - 1) / Config::kTileK, attention.heads_k),
-        group(attention.heads / attention.heads_k),
-        first_key(place.tile * Config::kTileK),
-        query_tiles(attention::VisibleRange<Config>(attention).query_tiles(first_key)) {}
-
-  __device__ __forceinline__ int steps() const {
-    return query_tiles.empty() ? 0 : group * (query_tiles.end - query_tiles.begin);
-  }
-
-  // One step of the walk.
-  struct Step {
-    int head;
-    int query_tile;
-  };
-  __device__ __forceinline__ Step first() const { return {place.head * group, first_tile()}; }
-  __device__ __forceinline__ void advance(Step& step) const {
-    if (++step.query_tile == query_tiles.end) step.query_tile = query_tiles.begin;
-    if (step.query_tile == first_tile()) ++step.head;
-  }
-  // CTAs side by side start apart, as a causal mask would have it: additions to one dq tile at one
-  // time wait for each other (3 to 6% without a mask on an H100).
-  __device__ __forceinline__ int first_tile() const {
-    if constexpr (Config::kWindowed) return query_tiles.begin;
-    return first_key / Config::kTileQ % query_tiles.end;
-  }
-};
-
-template <class Tile>
-__device__ __forceinline__ void load_panels(unsigned shared, const TensorMap& map, unsigned barrier,
-                                            int row, int head, int batch) {
-#pragma unroll
-  for (int panel = 0; panel < Tile::kPanels; ++panel)
-    ptx::tma_load(shared + panel * Tile::kPanelBytes, map, barrier, ptx::kEvictLast,
-                  panel * tile::kPanelColumns, row, head, batch);
-}
-
-// Threads: one.
-template <class Config>
-__device__ __forceinline__ void produce_backward(const Sm90BackwardParams& params,
-                                                 const BackwardStages<Config>& stages) {
-  using Shapes = BackwardShapes<Config>;
-  using KeyTile = typename Shapes::KeyTile;
-  using QueryTile = typename Shapes::QueryTile;
-  const BackwardParams& backward = params.backward;
-  const AttentionParams& attention = backward.attention;
-  const BackwardWalk<Config> walk(attention);
-  const int batch = walk.place.batch;
-
-  // A query tile of q or dout, and its lse or delta.
-  const auto load = [&](const auto& ring, auto& at, int tile_offset, int statistics_offset,
-                        const TensorMap& map, int batches, const float* statistics,
-                        const typename BackwardWalk<Config>::Step& step) {
-    const int first_query = step.query_tile * Config::kTileQ;
-    const unsigned barrier = ring.full(at.stage());
-    ring.begin_fill(at, QueryTile::kBytes + Shapes::kStatisticsBytes);
-    load_panels<QueryTile>(stages.shared + tile_offset + at.stage() * QueryTile::kBytes, map,
-                           barrier, first_query, step.head, batch % batches);
-    ptx::bulk_load(stages.shared + statistics_offset + at.stage() * Shapes::kStatisticsBytes,
-                   statistics + attention::workspace_row(backward, batch, step.head, first_query),
-                   Shapes::kStatisticsBytes, barrier);
-    at.advance();
-  };
-  const auto load_query = [&](typename Shapes::QueryPosition& at, const auto& step) {
-    load(stages.query, at, Shapes::kQueryOffset, Shapes::kLseOffset, params.q, attention.q.batches,
-         backward.lse_log2, step);
-  };
-  const auto load_dout = [&](typename Shapes::DoutPosition& at, const auto& step) {
-    load(stages.dout, at, Shapes::kDoutOffset, Shapes::kDeltaOffset, params.dout,
-         backward.dout.batches, backward.delta, step);
-  };
-
-  int remaining = walk.steps();
-  if (remaining == 0) return;
-  typename Shapes::QueryPosition query_at;
-  typename Shapes::DoutPosition dout_at;
-  typename BackwardWalk<Config>::Step step = walk.first();
-  load_query(query_at, step);
-  const unsigned barrier = stages.keys.full(0);
-  ptx::mbarrier_arrive_expect(barrier, 2 * KeyTile::kBytes);
-  load_panels<KeyTile>(stages.shared + Shapes::kKeyOffset, params.k, barrier, walk.first_key,
-                       walk.place.head, batch % attention.k.batches);
-  load_panels<KeyTile>(stages.shared + Shapes::kValueOffset, params.v, barrier, walk.first_key,
-                       walk.place.head, batch % attention.v.batches);
-  // Consumers want the next step's q before this step's dq.
-#pragma unroll 1
-  while (true) {
-    load_dout(dout_at, step);
-    if (--remaining == 0) break;
-    walk.advance(step);
-    load_query(query_at, step);
-  }
-}
-
-// Which elements of a thread's share of scores^T dropout keeps.
-template <class Config, class Scores>
-struct KeptBits {
-  static_assert(Scores::kColumnTiles * 4 <= 32, "one bit for each element");
-  unsigned bits = ~0u;
-
-  template <class Layout>
-  __device__ __forceinline__ void draw(const AttentionParams& params, int batch, int head,
-                                       const Layout& layout) {
-    if constexpr (Config::kDropout) {
-      bits = ~0u;
-      const attention::Dropout dropout(params, batch, head);
-#pragma unroll
-      for (int pair = 0; pair < Scores::kColumnPairs; ++pair)
-        dropout.for_pair(layout, 0, pair, [&](int side, int i, bool kept) {
-          if (!kept) bits &= ~(1u << (4 * (2 * pair + side) + i));
-        });
-    }
-  }
-
-  __device__ __forceinline__ bool kept(int n, int i) const {
-    return !Config::kDropout || (bits >> (4 * n + i)) % 2 == 1;
-  }
-};
-
-// The value for each column of an accumulator, from a vector in shared memory.
-__device__ __forceinline__ float2 column_pair(const float* vector, int n) {
-  return *reinterpret_cast<const float2*>(vector + n * 8 + ptx::reread_lane() % 4 * 2);
-}
-
-// Rounds dk or dv and sends it off through the place of the warp's own rows of k or v.
-// Threads: a whole warp.
-template <class Config, class Gradient>
-__device__ __forceinline__ void store_key_gradient(const TensorMap& map, unsigned staging,
-                                                   const Gradient& gradient, int warp_row,
-                                                   int first_key, int head_k, int batch) {
-  using KeyTile = typename BackwardShapes<Config>::KeyTile;
-  tile::store_accumulator<typename Config::Element, KeyTile, 16, 1>(staging, 0, gradient, warp_row,
-                                                                    0);
-  ptx::fence_async_proxy();
-  __syncwarp();  // all lanes have staged their part of the warp's rows
-  if (ptx::elect_lane()) {
-#pragma unroll
-    for (int panel = 0; panel < KeyTile::kPanels; ++panel)
-      ptx::tma_store(map, staging + panel * KeyTile::kPanelBytes + warp_row * tile::kPanelRowBytes,
-                     panel * tile::kPanelColumns, first_key + warp_row, head_k, batch);
-    ptx::bulk_commit();
-  }
-}
-
 // Threads: a whole warpgroup.
 template <class Config, int kConsumer>
-__device__ __forceinline__ void consume_backward(const Sm90BackwardParams& params,
-                                                 const BackwardStages<Config>& stages,
-                                                 unsigned char* shared) {
+__device__ __forceinline__ void consume_backward(
+    const Sm90BackwardParams& params, const BackwardStages<BackwardShapes<Config>>& stages,
+    unsigned char* shared) {
   using Shapes = BackwardShapes<Config>;
   using Element = typename Config::Element;
   using QueryTile = typename Shapes::QueryTile;
@@ -321,59 +134,24 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
   const auto statistics = [&](int offset, int stage) {
     return reinterpret_cast<const float*>(shared + offset + stage * Shapes::kStatisticsBytes);
   };
-  // From the finished products of a step to probabilities.
-  const auto make_probs = [&](const Step& step) {
-    const int first_query = step.query_tile * Config::kTileQ;
-    const attention::ScoreTransform<Config> transform(attention, batch, step.head);
-    const attention::TransposedScoreLayout layout(first_query, walk.first_key + warp_row);
-    const float* const lse = statistics(Shapes::kLseOffset, query_at.stage());
-    transform.apply(scores, layout);
-    const attention::VisibleRange<Config> range(attention);
-    if (__builtin_expect(range.cuts(first_query, walk.first_key), false))
-      attention::mask_scores(scores, layout, range);
-#pragma unroll
-    for (int n = 0; n < Scores::kColumnTiles; ++n) {
-      const float2 column_lse = column_pair(lse, n);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& value = scores.values[0][n][i];
-        value = transform.prob(value, i % 2 == 0 ? column_lse.x : column_lse.y);
-      }
-    }
-    dropout.draw(attention, batch, step.head, layout);
+  const auto tile_of = [&](const Step& step) {
+    return ScoreTile{batch, step.head, step.query_tile * Config::kTileQ, walk.first_key,
+                     walk.first_key + warp_row};
   };
-  const auto round_probs = [&](typename Shapes::Probs& rounded) {
-#pragma unroll
-    for (int part = 0; part < Shapes::kQuerySteps; ++part) {
-      float kept[2][4];
-#pragma unroll
-      for (int side = 0; side < 2; ++side)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          kept[side][i] =
-              dropout.kept(2 * part + side, i) ? scores.values[0][2 * part + side][i] : 0.0f;
-      rounded.template pack_step<Element>(0, part, kept[0], kept[1]);
-    }
+  const auto finish_scores = [&](const Step& step) {
+    const ScoreTile tile = tile_of(step);
+    make_probs<Config>(scores, attention, tile, statistics(Shapes::kLseOffset, query_at.stage()));
+    dropout.draw(attention, batch, step.head, tile.layout());
   };
-  // dprobs become dscores.
-  const auto make_dscores = [&](const Step& step) {
-    const int first_query = step.query_tile * Config::kTileQ;
+  const auto finish_dprobs = [&](const Step& step) {
+    const ScoreTile tile = tile_of(step);
     const attention::ScoreTransform<Config> transform(attention, batch, step.head);
-    const attention::TransposedScoreLayout layout(first_query, walk.first_key + warp_row);
     const float* const delta = statistics(Shapes::kDeltaOffset, dout_at.stage());
 #pragma unroll
-    for (int n = 0; n < Scores::kColumnTiles; ++n) {
-      const float2 column_delta = column_pair(delta, n);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& value = dprobs.values[0][n][i];
-        if constexpr (Config::kDropout)
-          value = dropout.kept(n, i) ? value * attention.dropout_scale : 0.0f;
-        value = transform.dscore(scores.values[0][n][i], value,
-                                 i % 2 == 0 ? column_delta.x : column_delta.y, /*lse_log2=*/0.0f,
-                                 layout.query(0, n, i), layout.key(0, n, i));
-      }
-    }
+    for (int n = 0; n < Scores::kColumnTiles; ++n)
+      make_dscores<Config>(dprobs, n, scores.values[0][n], dropout, transform, tile.layout(),
+                           attention.dropout_scale, delta,
+                           statistics(Shapes::kLseOffset, query_at.stage()));
   };
 
   const auto start_dprobs = [&] {
@@ -397,12 +175,12 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
           attention::workspace_row(backward, batch, added.head, added.query_tile * Config::kTileQ);
       const tile::BulkAccumulator<decltype(dq)> accumulator{
           backward.dq_accum + row * backward.padded_columns + kOffset};
-      accumulator.add(dq, shared + Shapes::kQueryGradientOffset + kOffset * 4);
+      accumulator.add(
+          dq, shared + Shapes::kQueryGradientOffset + kOffset * 4 + warp * accumulator.kWarpBytes);
     }
   };
 
   int remaining = walk.steps();
-  const bool any_steps = remaining > 0;
   Step step{};
   Step before{-1, 0};  // head -1: the first step has none
   // The first consumer's dq lags a step behind: when its turn comes, the second one has not stored
@@ -424,14 +202,14 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
     stages.dout.wait_full(dout_at);
     start_dprobs();
     ptx::wgmma_wait<1>();  // scores
-    make_probs(step);
+    finish_scores(step);
     ptx::wgmma_wait<0>();  // dprobs
   }
 #pragma unroll 1
   while (remaining > 0) {
     typename Shapes::Probs rounded_probs;
-    round_probs(rounded_probs);
-    make_dscores(step);
+    round_probs<Config>(scores, dropout, rounded_probs);
+    finish_dprobs(step);
     typename Shapes::Probs rounded_dscores;
     rounded_dscores.template pack<Element>(dprobs);
     tile::store_transposed<DscoresTile>(
@@ -467,7 +245,7 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
     start_dprobs();
     ptx::barrier_arrive(kTurnBarrier + 1 - kConsumer, 256);
     ptx::wgmma_wait<1>();  // scores
-    make_probs(step);
+    finish_scores(step);
     ptx::wgmma_wait<0>();  // dprobs
   }
   if constexpr (kConsumer == 0) {
@@ -476,29 +254,23 @@ __device__ __forceinline__ void consume_backward(const Sm90BackwardParams& param
       start_query_gradient(dscores_stage ^ 1);
       ptx::wgmma_wait<0>();
       add_query_gradient(before);
-      ptx::barrier_arrive(kTurnBarrier + 1, 256);
-      ptx::barrier_sync(kEndBarrier, 128);
     }
-  } else if (any_steps) {
-    ptx::barrier_sync(kTurnBarrier + 1, 256);
   }
 
   const bool spoilt = !dk.is_finite() || !dv.is_finite();
   dk.scale(attention.softmax_scale);
   if constexpr (Config::kDropout) dv.scale(attention.dropout_scale);
-  store_key_gradient<Config>(params.dk, stages.shared + Shapes::kKeyOffset, dk, warp_row,
-                             walk.first_key, walk.place.head, batch);
-  store_key_gradient<Config>(params.dv, stages.shared + Shapes::kValueOffset, dv, warp_row,
-                             walk.first_key, walk.place.head, batch);
+  store_key_gradient<Config>(backward.dk, dk, walk, attention.seqlen_k, warp_row);
+  store_key_gradient<Config>(backward.dv, dv, walk, attention.seqlen_k, warp_row);
   if constexpr (Config::kWindowed) {
     if (spoilt) backward.spoilt[batch * attention.heads + walk.place.head * walk.group] = 1;
   }
-  if (ptx::elect_lane()) ptx::bulk_wait();
+  if (ptx::elect_lane()) ptx::bulk_wait_read();  // shared memory ends with the CTA
 }
 
 template <class Config>
 __device__ __forceinline__ void backward(const Sm90BackwardParams& params, unsigned char* shared) {
-  const BackwardStages<Config> stages(tile::shared_address(shared));
+  const BackwardStages<BackwardShapes<Config>> stages(tile::shared_address(shared));
   if (threadIdx.x == 0) {
     stages.query.init(kBackwardConsumers * 128);
     stages.dout.init(kBackwardConsumers * 128);
@@ -527,38 +299,15 @@ template <class Config>
 __device__ __forceinline__ void backward_postprocess(const BackwardParams& params,
                                                      unsigned char* shared) {
   using Shapes = BackwardShapes<Config>;
-  using QueryTile = typename Shapes::QueryTile;
-  constexpr int kThreads = kBackwardConsumers * 128;
-  const AttentionParams& attention = params.attention;
-  const int query_tiles = (attention.seqlen_q + Config::kTileQ - 1) / Config::kTileQ;
-  const attention::GridPlace place(query_tiles, attention.heads);
-  const int first_query = place.tile * Config::kTileQ;
-  const long long row = attention::workspace_row(params, place.batch, place.head, first_query);
-  float* const accumulated = params.dq_accum + row * params.padded_columns;
-  const int warp_row = static_cast<int>(threadIdx.x) % 128 / 32 * 16;
-
+  const QueryGradientTile<Config, typename Shapes::QueryTile> tile(params);
   bool finite = true;
-  const auto stage_part = [&](auto part, int offset, int first_column16) {
-    const tile::BulkAccumulator<decltype(part)> accumulator{accumulated + offset};
-    accumulator.load(part);
-    part.scale(attention.softmax_scale);
-    finite = part.is_finite();
-    tile::store_accumulator<typename Config::Element, QueryTile, 16, 1>(
-        tile::shared_address(shared), first_column16 / 4 * QueryTile::kPanelBytes, part, warp_row,
-        first_column16 % 4);
-  };
   if (threadIdx.x < 128) {
-    stage_part(tile::Accumulator<1, Shapes::query_gradient_steps(0)>(), 0, 0);
+    finite = tile.stage(tile::Accumulator<1, Shapes::query_gradient_steps(0)>(), 0, 0, shared);
   } else if constexpr (Shapes::query_gradient_steps(1) > 0) {
-    stage_part(tile::Accumulator<1, Shapes::query_gradient_steps(1)>(),
-               Shapes::query_gradient_offset(1), Shapes::kSplitSteps);
+    finite = tile.stage(tile::Accumulator<1, Shapes::query_gradient_steps(1)>(),
+                        Shapes::query_gradient_offset(1), Shapes::kSplitSteps, shared);
   }
-  // store_rows reads what other warps staged
-  const bool spoilt = attention::barrier_any_spoilt<Config>(!finite);
-  tile::store_rows<QueryTile, Config::kHeadDim, kThreads>(
-      shared, attention::head_address(params.dq, place.batch, place.head), params.dq.row_stride,
-      first_query, attention.seqlen_q);
-  attention::contain_gradients<Config>(params, place, spoilt, kThreads / 32);
+  tile.store(finite, shared);
 }
 
 }  // namespace jfa::sm90

@@ -4,9 +4,9 @@
 // (the producer) keeps the copy engine busy; two or three warpgroups (consumers) own 64 query rows
 // each and all keys. A consumer starts q k^T of the next key tile before p v of this one and does
 // the softmax of the next while p v runs; consumers start their products in turn, so that the
-// softmax of one also runs beside the products of the others (FlashAttention-3, section 3). The last
-// p v of a query tile and the first q k^T of the next start together, so that out is written while
-// the tensor cores work.
+// softmax of one also runs beside the products of the others (FlashAttention-3, section 3). The
+// last p v of a query tile and the first q k^T of the next start together, so that out is written
+// while the tensor cores work.
 //
 //   ring       stages          filled with          released
 //   query      kQueryStages    q of a query tile,   by each consumer thread, after the last q k^T
@@ -322,24 +322,22 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
     attention::OnlineSoftmax<1> softmax;
 
     using Probs = typename Shapes::Probs;
-    const auto attend = [&](int key_tile, Probs& probs, auto await_out) {
+    const auto attend = [&](int key_tile, Probs& probs) {
       const int first_key = key_tile * Config::kTileK;
       const typename Shapes::Layout layout(first_query + warp_row, first_key);
       transform.apply(scores, layout);
       if (__builtin_expect(
               range.template cuts<kConsumerRows>(first_query + consumer_row, first_key), false))
         attention::mask_scores(scores, layout, attention::VisibleRange<Config>(attention));
-      softmax.template attend<!Config::kDropout>(
-          scores, out, transform.exponent_scale,
-          [&](int pair, float (&left)[4], float (&right)[4]) {
+      return softmax.template attend<!Config::kDropout>(
+          scores, transform.exponent_scale, [&](int pair, float (&left)[4], float (&right)[4]) {
             if constexpr (Config::kDropout)
               attention::Dropout(attention, place.batch, place.head)
                   .for_pair(layout, 0, pair, [&](int side, int i, bool kept) {
                     if (!kept) (side == 0 ? left : right)[i] = 0.0f;
                   });
             probs.template pack_step<Element>(0, pair, left, right);
-          },
-          await_out);
+          });
     };
     const auto start_out = [&](const Probs& probs) {
       stages.value.wait_full(value);
@@ -357,13 +355,12 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
       release_key();
       if (key_tile == key_tiles.begin) release_query();
       if constexpr (!kOverlap) release_value();
-      attend(key_tile, probs, [] {
-        if constexpr (kOverlap) ptx::wgmma_wait<0>();
-      });
+      const auto rescale = attend(key_tile, probs);
       if constexpr (kOverlap) {
         ptx::wgmma_wait<0>();
         release_value();
       }
+      rescale.apply(out);
     };
     // Ends the query tile, with its last p v if it has keys. Starts q k^T of the next, which runs
     // while out is written; where there is none, of what lies there, and nobody looks at it.
@@ -393,7 +390,7 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
     if (!key_tiles.empty()) {
       release_key();
       Probs even;
-      attend(key_tiles.end - 1, even, [] {});
+      attend(key_tiles.end - 1, even);  // out is zero, at any scale
       int key_tile = key_tiles.end - 2;
       if constexpr (Config::kProbBuffers == 1) {
 #pragma unroll 1

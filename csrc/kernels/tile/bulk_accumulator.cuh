@@ -17,7 +17,6 @@ struct BulkAccumulator {
   static_assert(Acc::kRowTiles == 1, "a warp of a warpgroup holds one 16-row block");
   static constexpr int kWarpFloats = Acc::kColumnTiles * 32 * 4;
   static constexpr int kWarpBytes = kWarpFloats * 4;
-  static constexpr int kBytes = 4 * kWarpBytes;
 
   float* data;  // of the warpgroup
 
@@ -28,10 +27,10 @@ struct BulkAccumulator {
     return static_cast<int>(threadIdx.x) % 32 * 4;
   }
 
-  // Adds by way of kBytes of shared memory, which the copy engine may still read until the next
-  // call or bulk_wait_read. Threads: a whole warp, the same at each call.
+  // Adds by way of the warp's own kWarpBytes of shared memory, which the copy engine may still read
+  // until the warp's next addition or bulk_wait_read. Threads: a whole warp, the same at each call.
   __device__ __forceinline__ void add(const Acc& acc, unsigned char* staging) const {
-    float* const staged = reinterpret_cast<float*>(staging) + warp_offset();
+    float* const staged = reinterpret_cast<float*>(staging);
     const bool elected = ptx::elect_lane();
     if (elected) ptx::bulk_wait_read();
     __syncwarp();  // the last addition has read what it staged

@@ -30,11 +30,11 @@ struct Ring {
     return barriers + (kStages + stage) * 8;
   }
 
-  // Threads: one, before a CTA barrier.
-  __device__ __forceinline__ void init(int users) const {
+  // fillers: threads that fill a stage. Threads: one, before a CTA barrier.
+  __device__ __forceinline__ void init(int users, int fillers = 1) const {
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(full(stage), 1);
+      ptx::mbarrier_init(full(stage), fillers);
       ptx::mbarrier_init(empty(stage), users);
     }
   }
@@ -51,6 +51,11 @@ struct Ring {
   }
   __device__ __forceinline__ void announce(const RingPosition<kStages>& at, int bytes) const {
     ptx::mbarrier_arrive_expect(full(at.stage()), bytes);
+  }
+
+  // For threads that have filled a stage by stores of their own. Threads: each filler.
+  __device__ __forceinline__ void finish_fill(const RingPosition<kStages>& at) const {
+    ptx::mbarrier_arrive(full(at.stage()));
   }
 
   __device__ __forceinline__ void wait_full(const RingPosition<kStages>& at) const {

@@ -1,0 +1,299 @@
+// What the backward kernels on Hopper share: the walk of a CTA, its copies, and the steps from
+// products to probabilities and to dscores.
+#pragma once
+
+#include <attention/containment.cuh>
+#include <attention/dropout.cuh>
+#include <attention/head_address.cuh>
+#include <attention/score_layout.cuh>
+#include <attention/score_transform.cuh>
+#include <attention/visible_range.cuh>
+#include <params/backward_params.h>
+#include <ptx/tma.cuh>
+#include <ptx/warpgroup.cuh>
+#include <tile/bulk_accumulator.cuh>
+#include <tile/copy.cuh>
+#include <tile/descriptor.cuh>
+#include <tile/ring.cuh>
+#include <tile/write_rows.cuh>
+
+namespace jfa::sm90 {
+
+constexpr int kBackwardConsumers = 2;
+constexpr int kBackwardThreads = (kBackwardConsumers + 1) * 128;
+constexpr int kBackwardConsumerRegisters = 240;
+constexpr int kBackwardProducerRegisters = 24;
+
+// A CTA's walk: all query tiles that see its keys, for each query head of its group.
+template <class Config>
+struct BackwardWalk {
+  attention::GridPlace place;  // head is the key head
+  int group;
+  int first_key;
+  attention::Range query_tiles;
+
+  __device__ __forceinline__ explicit BackwardWalk(const AttentionParams& attention)
+      : place((attention.seqlen_k + Config::kTileK - 1) / Config::kTileK, attention.heads_k),
+        group(attention.heads / attention.heads_k),
+        first_key(place.tile * Config::kTileK),
+        query_tiles(attention::VisibleRange<Config>(attention).query_tiles(first_key)) {}
+
+  __device__ __forceinline__ int steps() const {
+    return query_tiles.empty() ? 0 : group * (query_tiles.end - query_tiles.begin);
+  }
+
+  // One step of the walk.
+  struct Step {
+    int head;
+    int query_tile;
+  };
+  __device__ __forceinline__ Step first() const { return {place.head * group, first_tile()}; }
+  __device__ __forceinline__ void advance(Step& step) const {
+    if (++step.query_tile == query_tiles.end) step.query_tile = query_tiles.begin;
+    if (step.query_tile == first_tile()) ++step.head;
+  }
+  // CTAs side by side start apart, as a causal mask would have it: additions to one dq tile at one
+  // time wait for each other (3 to 6% without a mask on an H100).
+  __device__ __forceinline__ int first_tile() const {
+    if constexpr (Config::kWindowed) return query_tiles.begin;
+    return first_key / Config::kTileQ % query_tiles.end;
+  }
+};
+
+// What all roles see of the shared memory.
+template <class ShapesOfKernel>
+struct BackwardStages {
+  using Shapes = ShapesOfKernel;
+  unsigned shared;
+  typename Shapes::QueryRing query;
+  typename Shapes::DoutRing dout;
+  typename Shapes::KeyRing keys;
+
+  __device__ __forceinline__ explicit BackwardStages(unsigned shared_address)
+      : shared(shared_address),
+        query{shared_address + Shapes::kQueryRingOffset},
+        dout{shared_address + Shapes::kDoutRingOffset},
+        keys{shared_address + Shapes::kKeyRingOffset} {}
+};
+
+template <class Tile>
+__device__ __forceinline__ void load_panels(unsigned shared, const TensorMap& map, unsigned barrier,
+                                            int row, int head, int batch) {
+#pragma unroll
+  for (int panel = 0; panel < Tile::kPanels; ++panel)
+    ptx::tma_load(shared + panel * Tile::kPanelBytes, map, barrier, ptx::kEvictLast,
+                  panel * tile::kPanelColumns, row, head, batch);
+}
+
+// Threads: one.
+template <class Config, class Shapes>
+__device__ __forceinline__ void produce_backward(const Sm90BackwardParams& params,
+                                                 const BackwardStages<Shapes>& stages) {
+  using KeyTile = typename Shapes::KeyTile;
+  using QueryTile = typename Shapes::QueryTile;
+  const BackwardParams& backward = params.backward;
+  const AttentionParams& attention = backward.attention;
+  const BackwardWalk<Config> walk(attention);
+  const int batch = walk.place.batch;
+
+  // A query tile of q or dout, and its lse or delta.
+  const auto load = [&](const auto& ring, auto& at, int tile_offset, int statistics_offset,
+                        const TensorMap& map, int batches, const float* statistics,
+                        const typename BackwardWalk<Config>::Step& step) {
+    const int first_query = step.query_tile * Config::kTileQ;
+    const unsigned barrier = ring.full(at.stage());
+    ring.begin_fill(at, QueryTile::kBytes + Shapes::kStatisticsBytes);
+    load_panels<QueryTile>(stages.shared + tile_offset + at.stage() * QueryTile::kBytes, map,
+                           barrier, first_query, step.head, batch % batches);
+    ptx::bulk_load(stages.shared + statistics_offset + at.stage() * Shapes::kStatisticsBytes,
+                   statistics + attention::workspace_row(backward, batch, step.head, first_query),
+                   Shapes::kStatisticsBytes, barrier);
+    at.advance();
+  };
+  const auto load_query = [&](typename Shapes::QueryPosition& at, const auto& step) {
+    load(stages.query, at, Shapes::kQueryOffset, Shapes::kLseOffset, params.q, attention.q.batches,
+         backward.lse_log2, step);
+  };
+  const auto load_dout = [&](typename Shapes::DoutPosition& at, const auto& step) {
+    load(stages.dout, at, Shapes::kDoutOffset, Shapes::kDeltaOffset, params.dout,
+         backward.dout.batches, backward.delta, step);
+  };
+
+  int remaining = walk.steps();
+  if (remaining == 0) return;
+  typename Shapes::QueryPosition query_at;
+  typename Shapes::DoutPosition dout_at;
+  typename BackwardWalk<Config>::Step step = walk.first();
+  load_query(query_at, step);
+  const unsigned barrier = stages.keys.full(0);
+  ptx::mbarrier_arrive_expect(barrier, 2 * KeyTile::kBytes);
+  load_panels<KeyTile>(stages.shared + Shapes::kKeyOffset, params.k, barrier, walk.first_key,
+                       walk.place.head, batch % attention.k.batches);
+  load_panels<KeyTile>(stages.shared + Shapes::kValueOffset, params.v, barrier, walk.first_key,
+                       walk.place.head, batch % attention.v.batches);
+  // Consumers want the next step's q before this step's dq.
+#pragma unroll 1
+  while (true) {
+    load_dout(dout_at, step);
+    if (--remaining == 0) break;
+    walk.advance(step);
+    load_query(query_at, step);
+  }
+}
+
+// Which elements of a thread's share of scores^T dropout keeps.
+template <class Config, class Scores>
+struct KeptBits {
+  static_assert(Scores::kColumnTiles * 4 <= 32, "one bit for each element");
+  unsigned bits = ~0u;
+
+  template <class Layout>
+  __device__ __forceinline__ void draw(const AttentionParams& params, int batch, int head,
+                                       const Layout& layout) {
+    if constexpr (Config::kDropout) {
+      bits = ~0u;
+      const attention::Dropout dropout(params, batch, head);
+#pragma unroll
+      for (int pair = 0; pair < Scores::kColumnPairs; ++pair)
+        dropout.for_pair(layout, 0, pair, [&](int side, int i, bool kept) {
+          if (!kept) bits &= ~(1u << (4 * (2 * pair + side) + i));
+        });
+    }
+  }
+
+  __device__ __forceinline__ bool kept(int n, int i) const {
+    return !Config::kDropout || (bits >> (4 * n + i)) % 2 == 1;
+  }
+};
+
+// The value for each column of an accumulator, from a vector in shared memory.
+__device__ __forceinline__ float2 column_pair(const float* vector, int n) {
+  return *reinterpret_cast<const float2*>(vector + n * 8 + ptx::reread_lane() % 4 * 2);
+}
+
+// A tile of scores^T, or of its gradient: where it lies.
+struct ScoreTile {
+  int batch;
+  int head;
+  int first_query;
+  int first_key;  // of the tile
+  int warp_key;   // of the warp's 16 rows
+
+  __device__ __forceinline__ attention::TransposedScoreLayout layout() const {
+    return {first_query, warp_key};
+  }
+};
+
+// From products to probabilities. lse: of the tile's queries.
+template <class Config, class Scores>
+__device__ __forceinline__ void make_probs(Scores& scores, const AttentionParams& attention,
+                                           const ScoreTile& tile, const float* lse) {
+  const attention::ScoreTransform<Config> transform(attention, tile.batch, tile.head);
+  const attention::TransposedScoreLayout layout = tile.layout();
+  transform.apply(scores, layout);
+  const attention::VisibleRange<Config> range(attention);
+  if (__builtin_expect(range.cuts(tile.first_query, tile.first_key), false))
+    attention::mask_scores(scores, layout, range);
+#pragma unroll
+  for (int n = 0; n < Scores::kColumnTiles; ++n) {
+    const float2 column_lse = column_pair(lse, n);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& value = scores.values[0][n][i];
+      value = transform.prob(value, i % 2 == 0 ? column_lse.x : column_lse.y);
+    }
+  }
+}
+
+// The probabilities that dropout keeps, as an operand.
+template <class Config, class Scores, class Probs>
+__device__ __forceinline__ void round_probs(const Scores& probs,
+                                            const KeptBits<Config, Scores>& dropout,
+                                            Probs& rounded) {
+#pragma unroll
+  for (int part = 0; part < Scores::kColumnPairs; ++part) {
+    float kept[2][4];
+#pragma unroll
+    for (int side = 0; side < 2; ++side)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        kept[side][i] =
+            dropout.kept(2 * part + side, i) ? probs.values[0][2 * part + side][i] : 0.0f;
+    rounded.template pack_step<typename Config::Element>(0, part, kept[0], kept[1]);
+  }
+}
+
+// Column tile n of dprobs becomes one of dscores. delta, lse: of the tile's queries.
+template <class Config, class Scores>
+__device__ __forceinline__ void make_dscores(Scores& dprobs, int n, const float (&probs)[4],
+                                             const KeptBits<Config, Scores>& dropout,
+                                             const attention::ScoreTransform<Config>& transform,
+                                             const attention::TransposedScoreLayout& layout,
+                                             float dropout_scale, const float* delta,
+                                             const float* lse) {
+  const float2 column_delta = column_pair(delta, n);
+  float2 column_lse{};
+  if constexpr (Config::kSoftcap) column_lse = column_pair(lse, n);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float& value = dprobs.values[0][n][i];
+    if constexpr (Config::kDropout) value = dropout.kept(n, i) ? value * dropout_scale : 0.0f;
+    value = transform.dscore(probs[i], value, i % 2 == 0 ? column_delta.x : column_delta.y,
+                             i % 2 == 0 ? column_lse.x : column_lse.y, layout.query(0, n, i),
+                             layout.key(0, n, i));
+  }
+}
+
+// The 16 rows of dk or dv that a warp has. Threads: a whole warp.
+template <class Config, class Gradient>
+__device__ __forceinline__ void store_key_gradient(const TensorView& view, const Gradient& gradient,
+                                                   const BackwardWalk<Config>& walk, int seqlen_k,
+                                                   int warp_row) {
+  const int first_row = walk.first_key + warp_row;
+  tile::write_rows<typename Config::Element, Config::kHeadDim>(
+      attention::head_address(view, walk.place.batch, walk.place.head) +
+          static_cast<long long>(first_row) * view.row_stride,
+      view.row_stride, seqlen_k - first_row, gradient);
+}
+
+// A query tile's dq on its way from fp32 sums to 16 bits. Threads: two warpgroups.
+template <class Config, class QueryTile>
+struct QueryGradientTile {
+  static constexpr int kThreads = kBackwardConsumers * 128;
+  const BackwardParams& params;
+  attention::GridPlace place;
+  int first_query;
+
+  __device__ __forceinline__ explicit QueryGradientTile(const BackwardParams& backward)
+      : params(backward),
+        place((backward.attention.seqlen_q + Config::kTileQ - 1) / Config::kTileQ,
+              backward.attention.heads),
+        first_query(place.tile * Config::kTileQ) {}
+
+  // Scales and rounds the part that starts `offset` floats into the sums, and at 16-block
+  // first_column16 of dq. Returns whether it is finite. Threads: a whole warpgroup.
+  template <class Part>
+  __device__ __forceinline__ bool stage(Part part, int offset, int first_column16,
+                                        unsigned char* shared) const {
+    const long long row = attention::workspace_row(params, place.batch, place.head, first_query);
+    const tile::BulkAccumulator<Part> accumulator{params.dq_accum + row * params.padded_columns +
+                                                  offset};
+    accumulator.load(part);
+    part.scale(params.attention.softmax_scale);
+    tile::store_accumulator<typename Config::Element, QueryTile, 16, 1>(
+        tile::shared_address(shared), first_column16 / 4 * QueryTile::kPanelBytes, part,
+        static_cast<int>(threadIdx.x) % 128 / 32 * 16, first_column16 % 4);
+    return part.is_finite();
+  }
+
+  __device__ __forceinline__ void store(bool finite, unsigned char* shared) const {
+    // store_rows reads what other warps staged
+    const bool spoilt = attention::barrier_any_spoilt<Config>(!finite);
+    tile::store_rows<QueryTile, Config::kHeadDim, kThreads>(
+        shared, attention::head_address(params.dq, place.batch, place.head), params.dq.row_stride,
+        first_query, params.attention.seqlen_q);
+    attention::contain_gradients<Config>(params, place, spoilt, kThreads / 32);
+  }
+};
+
+}  // namespace jfa::sm90
