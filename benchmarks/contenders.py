@@ -187,6 +187,60 @@ class JaxNN(Contender):
         return attend
 
 
+class JaxXlaDropout(Contender):
+    """The steps of jax.nn's xla implementation, with the dropout that it lacks.
+
+    Float32 scores and softmax, probabilities rounded to the input dtype, then dropped.
+    """
+
+    features = frozenset({"dropout"})
+    by_default = False
+
+    def available(self) -> str | None:
+        """Returns why the contender cannot run here, or None."""
+        return None
+
+    def supports(self, workload: Workload, mode: Mode) -> str | None:
+        """Returns why the contender cannot compute a workload, or None."""
+        if workload.dropout_p == 0:
+            return "is jax-xla without dropout"
+        return super().supports(workload, mode)
+
+    def build(self, workload: Workload) -> Attention:
+        """Returns attention with the workload's options bound."""
+        keep_p = 1 - workload.dropout_p
+        rng = dropout_rng()
+
+        def attend(
+            q: jax.Array, k: jax.Array, v: jax.Array, dropout_rng: Any = rng
+        ) -> jax.Array:
+            scores = jnp.einsum(
+                "bqhd,bkhd->bhqk",
+                q,
+                k,
+                # As jax.nn: products of the input dtype in the backward, too.
+                precision=_PRODUCTS.get(q.dtype.name),
+                preferred_element_type=jnp.float32,
+            )
+            scores *= workload.head_dim**-0.5
+            if workload.causal:
+                visible = jnp.tri(workload.seqlen, dtype=bool)
+                scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+            probs = jax.nn.softmax(scores).astype(v.dtype)
+            if workload.dropout_p:
+                keep = jax.random.bernoulli(dropout_rng, keep_p, probs.shape)
+                probs = jnp.where(keep, probs / keep_p, 0).astype(v.dtype)
+            return jnp.einsum("bhqk,bkhd->bqhd", probs, v)
+
+        return attend
+
+
+_PRODUCTS = {
+    "bfloat16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
+    "float16": jax.lax.DotAlgorithmPreset.F16_F16_F32,
+}
+
+
 def _window_or_none(workload: Workload) -> tuple[int, int] | None:
     """The visible keys left and right of a query, or None without a window."""
     if workload.window == UNBOUNDED:
@@ -355,6 +409,7 @@ def contenders() -> dict[str, Contender]:
         Ours("ours-sm80", forced={"forward": "sm80", "backward": "sm80"}),
         JaxNN("jax-cudnn", "cudnn"),
         JaxNN("jax-xla", "xla"),
+        JaxXlaDropout("jax-xla-dropout"),
         FlaxLinen("flax"),
         FlashMha("dew-fa3", "dew_flash_attn", "dew-flash-attn-cu13", {64, 128, 256}),
         FlashMha("flash-attn3-jax", "flash_attn3_jax", "flash-attn3-jax", {128}),

@@ -32,7 +32,7 @@ class Verdict:
     of the plain computation in the input dtype.
     """
 
-    status: Literal["ok", "unsupported", "wrong", "error"]
+    status: Literal["ok", "unsupported", "wrong", "out of memory", "error"]
     reason: str | None = None
     error_ratios: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -40,8 +40,11 @@ class Verdict:
 def failure(error: Exception) -> Verdict:
     """Returns the verdict on a contender that raised."""
     first = (str(error).splitlines() or [""])[0]
-    known = isinstance(error, NotImplementedError)
-    status = "unsupported" if known else "error"
+    status: Literal["unsupported", "out of memory", "error"] = "error"
+    if isinstance(error, NotImplementedError):
+        status = "unsupported"
+    elif "RESOURCE_EXHAUSTED" in str(error):
+        status = "out of memory"
     return Verdict(status, f"{type(error).__name__}: {first[:300]}")
 
 

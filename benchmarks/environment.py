@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -78,5 +79,6 @@ def describe(
         "python": platform.python_version(),
         "versions": _versions(contenders),
         "commit": _output("git", "describe", "--always", "--dirty"),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "command": ["python", "-m", module, *sys.argv[1:]],
     }

@@ -1,6 +1,14 @@
-"""Tables and plots of the headline benchmarks, from their JSON lines."""
+"""Tables and plots of the headline benchmarks, from their JSON lines.
 
-from collections.abc import Sequence
+    python -m benchmarks.headline_report headlines_bert.jsonl
+
+The lines of a run that ended early serve as well: of its last model those samples count
+that were taken.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +24,54 @@ from benchmarks.training import WITHOUT
 
 Lines = Sequence[dict[str, Any]]
 
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 _DPI = 150
 _WINDOW = 50
 """Steps over which a loss curve is averaged before two are compared."""
 
 
-def _groups(lines: Lines) -> dict[tuple[str, int, float], dict[str, dict[str, Any]]]:
+_Key = tuple[str, int, float]
+
+
+def _key(line: dict[str, Any]) -> _Key:
+    return line["model"], line["seqlen"], line["dropout_p"]
+
+
+def _groups(lines: Lines) -> dict[_Key, dict[str, dict[str, Any]]]:
     """Step lines by contender, for each model, length and dropout."""
-    groups: dict[tuple[str, int, float], dict[str, dict[str, Any]]] = {}
+    groups: dict[_Key, dict[str, dict[str, Any]]] = {}
     for line in lines:
         if line["kind"] == "step":
-            key = line["model"], line["seqlen"], line["dropout_p"]
-            groups.setdefault(key, {})[line["contender"]] = line
+            groups.setdefault(_key(line), {})[line["contender"]] = line
     return groups
+
+
+def completed(lines: Lines) -> list[dict[str, Any]]:
+    """Returns the lines, and a step line for whoever was compiled but never summed up.
+
+    Its figure is the median of the samples that were taken; before the first it is
+    the one step of the warm-up.
+    """
+    added = [dict(line) for line in lines]
+    done = {(_key(x), x["contender"]) for x in lines if x["kind"] == "step"}
+    for line in lines:
+        if line["kind"] != "contender" or (_key(line), line["contender"]) in done:
+            continue
+        samples = [
+            other["seconds"]
+            for other in lines
+            if other["kind"] == "sample"
+            and other["contender"] == line["contender"]
+            and _key(other) == _key(line)
+        ]
+        step = {**line, "kind": "step"}
+        if line["status"] == "ok":
+            low, median, high = np.percentile(
+                samples or [line["seconds"]], (10, 50, 90)
+            )
+            step["seconds"], step["spread"] = median, (high - low) / median
+        added.append(step)
+    return added
 
 
 def steps_table(lines: Lines) -> str:
@@ -37,10 +79,10 @@ def steps_table(lines: Lines) -> str:
 
     Attention's share is what the step loses where attention is left out; the last two
     columns divide a contender's time by that of ours, of the whole step and of the
-    attention part alone.
+    attention part alone. The loss is that after two steps from the same state.
     """
     header = ["model", "S", "dropout", "attention", "steps/s", "spread", "share"]
-    header += ["GiB", "step / ours", "attention part / ours"]
+    header += ["GiB", "loss", "step / ours", "attention part / ours"]
     body = []
     for (model, seqlen, dropout_p), found in _groups(lines).items():
         floor = found.get(WITHOUT, {}).get("seconds")
@@ -48,13 +90,14 @@ def steps_table(lines: Lines) -> str:
         for name, line in found.items():
             cells = [model, str(seqlen), f"{dropout_p:g}", name]
             if line["status"] != "ok":
-                body.append([*cells, line["status"], *[""] * 5])
+                body.append([*cells, line["status"], *[""] * (len(header) - 5)])
                 continue
             seconds = line["seconds"]
             part = seconds - floor if floor and name != WITHOUT else None
             cells += [f"{1 / seconds:.3g}", f"{line['spread']:.1%}"]
             cells.append(f"{part / seconds:.0%}" if part is not None else "")
             cells.append(f"{line['planned_bytes'] / _GIB:.3g}")
+            cells.append(f"{line['loss']:.4f}")
             cells.append(f"{seconds / ours:.2f}" if ours else "")
             whole = ours - floor if ours and floor else 0.0
             cells.append(f"{part / whole:.2f}" if part and whole > 0 else "")
@@ -100,10 +143,54 @@ def smoothed(losses: Sequence[float]) -> np.ndarray:
     return np.convolve(np.asarray(losses), kernel, mode="valid")
 
 
-def largest_difference(first: Sequence[float], second: Sequence[float]) -> float:
-    """Returns the largest relative difference of two smoothed loss curves."""
-    a, b = smoothed(first), smoothed(second)
+def curves_of(lines: Lines) -> dict[str, list[float]]:
+    """Returns the losses of each contender, step by step."""
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        if line["kind"] == "curve":
+            found.setdefault(line["contender"], []).extend(line["losses"])
+    return found
+
+
+def largest_difference(curves: Mapping[str, Sequence[float]]) -> float:
+    """Returns the largest relative difference of two smoothed loss curves.
+
+    Where one is longer, its further steps are left out.
+    """
+    a, b = curves.values()
+    shared = min(len(a), len(b))
+    a, b = smoothed(a[:shared]), smoothed(b[:shared])
     return float(np.max(np.abs(a - b) / b))
+
+
+def curves_summary(curves: Mapping[str, Sequence[float]]) -> str:
+    """Returns what two loss curves end at and how far apart they ever are."""
+    last = ", ".join(f"{name}: {smoothed(x)[-1]:.4f}" for name, x in curves.items())
+    steps = min(map(len, curves.values()))
+    difference = largest_difference(curves)
+    return (
+        f"smoothed loss after {steps} steps: {last}\n"
+        f"largest relative difference of the smoothed losses: {difference:.3%}"
+    )
+
+
+def memory_table(lines: Lines) -> str:
+    """Returns memory by length as a Markdown table, in MiB beside the operands."""
+    found = {(line["contender"], line["seqlen"]): line for line in lines}
+    names = list(dict.fromkeys(line["contender"] for line in lines))
+
+    def cell(name: str, seqlen: int) -> str:
+        line = found.get((name, seqlen))
+        if line is None:
+            return ""
+        if line["status"] != "ok":
+            return line["status"]
+        num_bytes = line.get("peak_bytes", line["planned_bytes"])
+        return results.three_digits(num_bytes / _MIB)
+
+    lengths = sorted({line["seqlen"] for line in lines})
+    body = [[str(n), *(cell(name, n) for name in names)] for n in lengths]
+    return results.markdown(["S", *(f"{name}, MiB" for name in names)], body)
 
 
 def plot_steps(lines: Lines, path: Path) -> None:
@@ -127,7 +214,7 @@ def plot_steps(lines: Lines, path: Path) -> None:
             colour = (
                 "0.75" if name == WITHOUT else plot.style(names.index(name))["color"]
             )
-            bar = axis.bar(index, line["steps_per_second"], color=colour)
+            bar = axis.bar(index, 1 / line["seconds"], color=colour)
             axis.bar_label(bar, fmt="%.3g", fontsize=8)
         axis.set_xticks(range(len(found)), list(found), rotation=40, ha="right")
         axis.set_title(f"{model}, S={seqlen}, dropout {dropout_p:g}", fontsize=9)
@@ -137,7 +224,7 @@ def plot_steps(lines: Lines, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_curves(curves: dict[str, Sequence[float]], path: Path) -> None:
+def plot_curves(curves: Mapping[str, Sequence[float]], path: Path) -> None:
     """Writes smoothed loss curves over each other, the second dashed."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for index, (name, losses) in enumerate(curves.items()):
@@ -149,3 +236,39 @@ def plot_curves(curves: dict[str, Sequence[float]], path: Path) -> None:
     axis.legend()
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Tables and plots of headline runs.")
+    parser.add_argument("files", type=Path, nargs="+", help="JSON lines of runs")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the tables of every file and writes its plots beside it."""
+    for path in _parser().parse_args(argv).files:
+        _report(path)
+    return 0
+
+
+def _report(path: Path) -> None:
+    lines = results.read_lines(path)
+    steps = completed(
+        [x for x in lines if x["kind"] in ("contender", "sample", "step")]
+    )
+    measured = [line for line in lines if line["kind"] == "memory"]
+    curves = curves_of(lines)
+    texts = [steps_table(steps) if steps else "", refusals(steps)]
+    texts += [accuracy_table(lines), memory_table(measured) if measured else ""]
+    texts.append(curves_summary(curves) if len(curves) == 2 else "")
+    print("\n\n".join([f"# {path}", *filter(None, texts)]), end="\n\n")
+    if steps:
+        plot_steps(steps, path.with_suffix(".png"))
+    if measured:
+        plot.save_memory(measured, path.with_suffix(".png"))
+    if curves:
+        plot_curves(curves, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,13 +6,15 @@
     python -m benchmarks.headlines memory     attention's memory by sequence length
     python -m benchmarks.headlines curves     loss curves against exact attention
 
-Each writes JSON lines, prints a table and writes a plot beside them. `--tiny` runs the
-same on a CPU in seconds.
+Each writes JSON lines as it goes, prints a table and writes a plot beside them;
+`benchmarks.headline_report` makes both again from the lines, also from those of a run
+that ended early. `--tiny` runs the same on a CPU in seconds.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 import time
@@ -21,25 +23,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import (
     environment,
     headline_report,
     memory,
     plot,
-    results,
     tasks,
     training,
 )
 from benchmarks.cells import Log
 from benchmarks.contenders import contenders, on_gpu
 from benchmarks.results import OURS
-from benchmarks.transformer import Architecture, Attend
+from benchmarks.transformer import Architecture
 
 EXACT = "jax-xla"
 """Exact attention, the scores in memory: what ours is held against."""
 
-_DEFAULT_CONTENDERS = "ours,jax-xla,jax-cudnn,dew-fa3,flax"
+_DEFAULT_CONTENDERS = "ours,jax-xla,jax-xla-dropout,jax-cudnn,dew-fa3"
 
 BERT_LARGE = Architecture(
     "bert_large",
@@ -94,6 +97,9 @@ _LISTOPS = dataclasses.replace(
     source="ListOps of the long-range arena, arXiv:2011.04006",
 )
 _LRA = {"text": (_TEXT, tasks.text_task), "listops": (_LISTOPS, tasks.listops_task)}
+_LRA_LENGTHS = (1024, 2048, 4096)
+_LRA_TOKENS = 32768  # in a step of which the speed is measured
+_ACCURACY_BATCH = 16
 _BYTE_GPT = Architecture(
     "byte_gpt",
     layers=12,
@@ -106,10 +112,12 @@ _BYTE_GPT = Architecture(
     source="a decoder over the standard library's source",
 )
 
-_MEMORY_HEADS = 2
-_MEMORY_LENGTHS = (512, 2048, 8192, 32768, 65536)
+_MEMORY_HEADS = 1  # two heads' scores of 64k tokens pass 80 GB
+_MEMORY_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _LONG_LENGTHS = (262144, 1048576)
 _TINY_LENGTHS = (64, 128)
+
+_MEMORY_SHARE = "0.92"  # of the device: JAX's default of 0.75 leaves out what xla needs
 
 
 def shrunk(architecture: Architecture) -> Architecture:
@@ -142,6 +150,13 @@ class Run:
         """Returns the architecture, shrunk where the run is tiny."""
         return shrunk(architecture) if self.options.tiny else architecture
 
+    def lengths(self, chosen: Sequence[int], tiny: Sequence[int]) -> Sequence[int]:
+        """Returns the sequence lengths that were asked for, or the tiny ones."""
+        asked = self.options.lengths
+        if asked is None:
+            return tiny if self.options.tiny else chosen
+        return [int(n) for n in asked.split(",") if n]
+
     def or_tiny(self, value: int, tiny: int) -> int:
         """Returns a size, or the tiny one."""
         return tiny if self.options.tiny else value
@@ -153,7 +168,13 @@ class Run:
             self.options.rounds,
             self.options.sample_ms / 1e3,
             self.options.quiet,
+            checked=not self.options.unchecked,
         )
+
+    def say(self, text: str) -> None:
+        """Prints progress, unless the run is quiet."""
+        if not self.options.quiet:
+            print(text, flush=True)
 
     def plot_path(self) -> Path:
         """Returns where the plot goes."""
@@ -179,7 +200,7 @@ def _print_steps(run: Run, lines: headline_report.Lines) -> None:
 
 def bert(run: Run) -> None:
     """Training steps of BERT-large, with and without dropout."""
-    _speed(run, (BERT_LARGE,), batch=16)
+    _speed(run, (BERT_LARGE,), batch=32)
 
 
 def gpt2(run: Run) -> None:
@@ -192,102 +213,108 @@ def lra(run: Run) -> None:
     """Speed and memory by length, and accuracy over seeds, of one task."""
     architecture, _ = _LRA[run.options.task]
     lines: list[dict[str, Any]] = []
-    lengths = (32,) if run.options.tiny else (1024, 2048, 4096)
     speed = run.speed()
-    for seqlen in lengths:
+    for seqlen in run.lengths(_LRA_LENGTHS, (32,)):
         sized = dataclasses.replace(run.sized(architecture), seqlen=seqlen)
-        size = run.options.batch or run.or_tiny(32768 // seqlen, 2)
+        size = run.options.batch or run.or_tiny(_LRA_TOKENS // seqlen, 2)
         lines += speed.measure(sized, size, (0.0,), run.names)
-    _print_steps(run, lines)
-    _accuracy(run)
+    if lines:
+        _print_steps(run, lines)
+    if run.options.seeds:
+        _accuracy(run)
 
 
 def _accuracy(run: Run) -> None:
     architecture, make_task = _LRA[run.options.task]
-    architecture, size = run.sized(architecture), run.or_tiny(32, 8)
+    architecture = run.sized(architecture)
+    size = run.options.batch or run.or_tiny(_ACCURACY_BATCH, 8)
     counts = run.or_tiny(4096, 64), run.or_tiny(1024, 32)
     task = make_task(architecture.seqlen, *counts)
     architecture = dataclasses.replace(architecture, num_classes=task.num_classes)
     steps = run.options.steps or run.or_tiny(400, 4)
+    trainers = _trainers(run, architecture, task.training, size, steps, rate=5e-4)
     lines = []
     for seed in range(run.options.seeds):
-        for name in (OURS, EXACT):
-            attend = _build(name, architecture, size)
-            state, losses = training.train(
-                architecture,
-                attend,
-                task.training.tokens,
-                task.training.labels,
-                batch_size=size,
-                steps=steps,
-                seed=seed,
-                learning_rate=5e-4,
-            )
-            share = training.accuracy(architecture, attend, state.params, task, size)
+        for name, trainer in trainers.items():
+            started = time.perf_counter()
+            for trained, part in trainer.run(seed):
+                state, losses = trained, part
+            share = trainer.accuracy(state, task.held_out)
+            seconds = time.perf_counter() - started
             fields = {"model": architecture.name, "contender": name, "seed": seed}
             fields |= {"steps": steps, "accuracy": share, "loss": losses[-1]}
-            run.log.write("accuracy", **fields)
+            run.log.write("accuracy", **fields, seconds=seconds)
             lines.append({"kind": "accuracy", **fields})
+            run.say(
+                f"{architecture.name}, {name}, seed {seed}: accuracy {share:.3f}, "
+                f"loss {losses[-1]:.4f}, {seconds:.1f} s"
+            )
     print(f"\n{headline_report.accuracy_table(lines)}")
 
 
-def _build(name: str, architecture: Architecture, batch: int) -> Attend:
-    return contenders()[name].build(architecture.attention(batch, dropout_p=0.0))
+def _trainers(
+    run: Run,
+    architecture: Architecture,
+    source: tasks.Split | np.ndarray,
+    size: int,
+    steps: int,
+    rate: float,
+) -> dict[str, training.Trainer]:
+    """What trains with ours and with exact attention, on the same examples."""
+    if isinstance(source, tasks.Split):
+        tokens, labels = jnp.asarray(source.tokens), jnp.asarray(source.labels)
+    else:
+        tokens, labels = jnp.asarray(source), None
+    examples = training.Examples(tokens, labels, architecture.seqlen)
+    workload = architecture.attention(size, dropout_p=0.0)
+    return {
+        name: training.Trainer(
+            architecture,
+            contenders()[name].build(workload),
+            examples,
+            batch_size=size,
+            steps=steps,
+            learning_rate=rate,
+        )
+        for name in (OURS, EXACT)
+    }
 
 
 def memory_by_length(run: Run) -> None:
     """Memory of one forward and one backward pass of attention."""
-    lengths = _TINY_LENGTHS if run.options.tiny else _MEMORY_LENGTHS
-    longer = () if run.options.tiny else _LONG_LENGTHS
-    cells = [(OURS, n) for n in (*lengths, *longer)] + [(EXACT, n) for n in lengths]
+    lengths = run.lengths(_MEMORY_LENGTHS, _TINY_LENGTHS)
+    longer = () if run.options.tiny or run.options.lengths else _LONG_LENGTHS
     lines = []
-    for name, seqlen in cells:
-        line = memory.measure_elsewhere(name, seqlen, "both", _MEMORY_HEADS)
-        run.log.write("memory", **line)
-        lines.append(line)
-    print(f"\n{_memory_table(lines, (*lengths, *longer))}")
+    for name, chosen in ((OURS, (*lengths, *longer)), (EXACT, lengths)):
+        for line in memory.measure_elsewhere(name, chosen, "both", _MEMORY_HEADS):
+            run.log.write("memory", **line)
+            run.say(json.dumps(line))
+            lines.append(line)
+    print(f"\n{headline_report.memory_table(lines)}")
     plot.save_memory(lines, run.plot_path())
 
 
-def _memory_table(lines: headline_report.Lines, lengths: Sequence[int]) -> str:
-    found = {(line["contender"], line["seqlen"]): line for line in lines}
-
-    def cell(name: str, seqlen: int) -> str:
-        line = found.get((name, seqlen))
-        if line is None:
-            return ""
-        if line["status"] != "ok":
-            return line["status"]
-        num_bytes = line.get("peak_bytes", line["planned_bytes"])
-        return results.three_digits(num_bytes / 2**20)
-
-    body = [[str(n), cell(OURS, n), cell(EXACT, n)] for n in lengths]
-    return results.markdown(["S", f"{OURS}, MiB", f"{EXACT}, MiB"], body)
-
-
 def curves(run: Run) -> None:
-    """Loss curves of ours and of exact attention from one seed, no dropout."""
+    """Loss curves of ours and of exact attention from one seed, no dropout.
+
+    The two train in turns, so that a run that ends early has as much of both.
+    """
     architecture = run.sized(_BYTE_GPT)
-    text, size = tasks.source_text(), run.options.batch or run.or_tiny(16, 2)
-    found: dict[str, Sequence[float]] = {}
-    for name in (OURS, EXACT):
-        attend = _build(name, architecture, size)
-        _, found[name] = training.train(
-            architecture,
-            attend,
-            text,
-            None,
-            batch_size=size,
-            steps=run.options.steps or run.or_tiny(1000, 6),
-            seed=0,
-            learning_rate=6e-4,
-        )
-        run.log.write("curve", contender=name, losses=found[name])
-    difference = headline_report.largest_difference(*found.values())
+    size = run.options.batch or run.or_tiny(8, 2)
+    steps = run.options.steps or run.or_tiny(1000, 6)
+    trainers = _trainers(run, architecture, tasks.source_text(), size, steps, rate=6e-4)
+    lines = []
+    started = time.perf_counter()
+    for parts in zip(*(t.run(seed=0) for t in trainers.values()), strict=True):
+        for name, (_, losses) in zip(trainers, parts, strict=True):
+            run.log.write("curve", contender=name, losses=losses)
+            lines.append({"kind": "curve", "contender": name, "losses": losses})
+        done = len(headline_report.curves_of(lines)[EXACT])
+        run.say(f"step {done}, {time.perf_counter() - started:.1f} s")
+    found = headline_report.curves_of(lines)
+    difference = headline_report.largest_difference(found)
     run.log.write("difference", largest_relative=difference)
-    last = {name: headline_report.smoothed(x)[-1] for name, x in found.items()}
-    print("\n" + ", ".join(f"{name}: {loss:.4f}" for name, loss in last.items()))
-    print(f"largest relative difference of the smoothed losses: {difference:.3%}")
+    print(f"\n{headline_report.curves_summary(found)}")
     headline_report.plot_curves(found, run.plot_path())
 
 
@@ -311,11 +338,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=5, help="samples each; default: %(default)s")
     add("--sample-ms", type=float, default=400.0, help="default: %(default)s")
     add("--steps", type=int, help="of training; default: the command's")
-    add("--seeds", type=int, default=3, help="of lra; default: %(default)s")
+    add("--seeds", type=int, default=3, help="of lra's accuracy; default: %(default)s")
+    add("--lengths", help="of lra's speed ('' for none) and of memory, with commas")
     add("--task", choices=_LRA, default="text", help="of lra; default: %(default)s")
     add("--model", choices=[a.name for a in GPT2], help="of gpt2; default: both")
     add("--out", type=Path, help="default: headlines_COMMAND.jsonl")
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--unchecked", action="store_true", help="time without comparing results")
+    add("--quiet", action="store_true", help="no progress")
     return parser
 
 
@@ -350,6 +379,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "memory":
         # It measures in processes of their own, which need room on the device.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    else:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", _MEMORY_SHARE)
     if not (options.tiny or on_gpu()):
         print("without a GPU only --tiny ends in reasonable time", file=sys.stderr)
         return 2
@@ -362,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.write("run", **{**environment.describe(named), "command": command})
         COMMANDS[options.command](Run(options, log))
     elapsed = time.monotonic() - started
-    print(f"\n{options.out}, {options.out.with_suffix('.png')}: {elapsed:.0f} s")
+    print(f"\n{options.out}: {elapsed:.0f} s")
     return 0
 
 

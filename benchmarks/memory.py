@@ -3,16 +3,18 @@
     python -m benchmarks.memory --out memory.jsonl --plot memory.png
 
 Two figures: what XLA plans for the compiled program (results and temporaries, known
-without running it), and on a GPU the allocator's peak above the operands, each from a
-process of its own, since a peak is never reset.
+without running it), and on a GPU the allocator's peak above the operands. A peak is
+never reset: a contender's lengths run in a process of its own, from short to long.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,8 @@ def measure(
         heads: how many heads.
 
     Returns:
-        A JSON object: `planned_bytes`, and on a GPU `peak_bytes`, both without the
-        operands; or a `status` and a `reason`.
+        A JSON object: `planned_bytes`, and on a GPU `peak_bytes` where the process has
+        not held more before, both without the operands; or a `status` and a `reason`.
     """
     workload = _workload(seqlen, heads)
     mode = "both" if gradients else "fwd"
@@ -67,37 +69,55 @@ def measure(
             planned.temp_size_in_bytes + planned.output_size_in_bytes
         )
         if on_gpu():
-            fields["peak_bytes"] = _peak(compiled, arguments)
+            peak = _peak(compiled, arguments)
+            fields |= {} if peak is None else {"peak_bytes": peak}
     except Exception as error:
         verdict = failure(error)
         return {**fields, "status": verdict.status, "reason": verdict.reason}
     return {**fields, "status": "ok"}
 
 
-def _peak(compiled: Any, arguments: Sequence[jax.Array]) -> int:
+def _peak(compiled: Any, arguments: Sequence[jax.Array]) -> int | None:
+    """The allocator's peak above the operands, None where it was higher before."""
     device = jax.devices()[0]
-    before = device.memory_stats()["bytes_in_use"]
+    before = device.memory_stats()
     jax.block_until_ready(compiled(*arguments))
-    return device.memory_stats()["peak_bytes_in_use"] - before
+    peak = device.memory_stats()["peak_bytes_in_use"]
+    if peak == before["peak_bytes_in_use"]:
+        return None
+    return peak - before["bytes_in_use"]
 
 
 def measure_elsewhere(
-    name: str, seqlen: int, mode: str, heads: int = _HEADS
-) -> dict[str, Any]:
-    """Runs `measure` in a process of its own and returns what it printed."""
-    cell = f"--cell={name},{seqlen},{mode},{heads}"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", cell],
-        cwd=environment.ROOT,
-        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-        capture_output=True,
-        text=True,
-    )
-    lines = done.stdout.splitlines()
-    if done.returncode == 0 and lines:
-        return json.loads(lines[-1])
-    fields = {"contender": name, "seqlen": seqlen, "mode": mode, "status": "error"}
-    return {**fields, "reason": (done.stderr.splitlines() or ["no output"])[-1]}
+    name: str, seqlens: Sequence[int], mode: str, heads: int = _HEADS
+) -> Iterator[dict[str, Any]]:
+    """Runs `measure` in a process of its own, from short to long, as peaks only rise.
+
+    Yields what it prints, line by line.
+    """
+    lengths = sorted(seqlens)
+    cells = f"--cells={name};{','.join(map(str, lengths))};{mode};{heads}"
+    # Autotuning allocates on the device, too, and would show in the peak.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    variables = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags}
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.memory", cells],
+            cwd=environment.ROOT,
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                yield json.loads(line)
+                lengths.pop(0)
+        errors.seek(0)
+        reason = (errors.read().splitlines() or ["no output"])[-1]
+    fields = {"contender": name, "mode": mode, "heads": heads}
+    for seqlen in lengths:
+        yield {**fields, "seqlen": seqlen, "status": "error", "reason": reason}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,29 +127,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--seqlens", default=_LENGTHS, help="default: %(default)s")
     add("--out", type=Path, default=Path("memory.jsonl"), help="default: %(default)s")
     add("--plot", type=Path, help="PNG to write")
-    add("--cell", help=argparse.SUPPRESS)
+    add("--cells", help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the memory benchmark's command line; returns the exit status."""
     options = _parser().parse_args(argv)
-    if options.cell:
-        name, seqlen, mode, heads = options.cell.split(",")
-        print(json.dumps(measure(name, int(seqlen), mode == "both", int(heads))))
+    if options.cells:
+        name, seqlens, mode, heads = options.cells.split(";")
+        for seqlen in seqlens.split(","):
+            line = measure(name, int(seqlen), mode == "both", int(heads))
+            print(json.dumps(line), flush=True)
         return 0
-    cells = [
-        (name, int(seqlen), mode)
-        for mode in ("fwd", "both")
-        for name in options.contenders.split(",")
-        for seqlen in options.seqlens.split(",")
-    ]
+    seqlens = [int(seqlen) for seqlen in options.seqlens.split(",")]
+    names = options.contenders.split(",")
+    bar = tqdm(total=2 * len(names) * len(seqlens), desc="memory")
     lines = []
-    with options.out.open("w") as file:
-        for cell in tqdm(cells, desc="memory"):
-            lines.append(measure_elsewhere(*cell))
-            file.write(json.dumps({"kind": "memory", **lines[-1]}) + "\n")
-            file.flush()
+    with options.out.open("w") as file, bar:
+        for mode, name in itertools.product(("fwd", "both"), names):
+            for line in measure_elsewhere(name, seqlens, mode):
+                lines.append(line)
+                file.write(json.dumps({"kind": "memory", **line}) + "\n")
+                file.flush()
+                bar.update()
     if options.plot:
         from benchmarks import plot
 

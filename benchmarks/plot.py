@@ -110,7 +110,10 @@ def save_memory(lines: Iterable[dict[str, Any]], path: Path) -> None:
 
 
 def _length(seqlen: float, _: object = None) -> str:
-    return f"{seqlen / 1024:g}k" if seqlen >= 1024 else f"{seqlen:g}"
+    for size, unit in ((2**20, "M"), (2**10, "k")):
+        if seqlen >= size:
+            return f"{seqlen / size:g}{unit}"
+    return f"{seqlen:g}"
 
 
 def _workload(row: Row) -> Workload:

@@ -277,14 +277,19 @@ class StateSampler:
 
         self._arguments = (state, *rest)
         first = jnp.int32(1)
+        started = time.perf_counter()
         self._run = jax.jit(run).lower(first, *self._arguments).compile()
+        self.compile_seconds = time.perf_counter() - started
         planned: Any = self._run.memory_analysis()
         self.planned_bytes = int(planned.temp_size_in_bytes)
         """Memory beside the state that the program starts from."""
+        second = jnp.int32(2)
+        self.loss = float(self._run(second, *self._arguments))
+        """After two steps, so that the first one's gradients count."""
         self.trips = 1
-        self.sample()
-        self.trips = trips_for(self.sample(), sample_seconds)
-        self.sample()
+        self.guess = self.sample()
+        """Seconds per step, from one sample of one step."""
+        self.trips = trips_for(self.guess, sample_seconds)
 
     def sample(self) -> float:
         """Returns the seconds per step of one sample."""

@@ -79,7 +79,7 @@ class State(NamedTuple):
     loss: jax.Array
 
 
-def init(architecture: Architecture, seed: int) -> Any:
+def init(architecture: Architecture, seed: int | jax.Array) -> Any:
     """Returns random parameters, those of the layers stacked along the first axis."""
     width, mlp = architecture.width, architecture.mlp_width
     heads = (architecture.heads, architecture.head_dim)
@@ -115,6 +115,14 @@ def init(architecture: Architecture, seed: int) -> Any:
     }
 
 
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+"""Elementwise work is done again in the backward pass, fused into what reads it.
+
+Storing its float32 steps for every layer would take more memory and more time.
+"""
+
+
+@_recomputed
 def _norm(x: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
     wide = x.astype(jnp.float32)
     centred = wide - wide.mean(-1, keepdims=True)
@@ -142,8 +150,11 @@ def _attention(
     return jnp.einsum("bshd,hdw->bsw", out, layer["out"]) + layer["out_bias"]
 
 
+_gelu = _recomputed(jax.nn.gelu)
+
+
 def _mlp(x: jax.Array, layer: Any) -> jax.Array:
-    hidden = jax.nn.gelu(x @ layer["up"] + layer["up_bias"])
+    hidden = _gelu(x @ layer["up"] + layer["up_bias"])
     return hidden @ layer["down"] + layer["down_bias"]
 
 
@@ -210,7 +221,8 @@ def logits_of(
     if architecture.objective == "masked":
         x = jnp.take_along_axis(x, batch["positions"][..., None], axis=1)
     table = params["token"].astype(x.dtype)
-    return jnp.einsum("bsw,vw->bsv", x, table, preferred_element_type=jnp.float32)
+    # Float32 logits would make the two products of the backward pass float32 as well.
+    return jnp.einsum("bsw,vw->bsv", x, table).astype(jnp.float32)
 
 
 def loss_of(
@@ -231,14 +243,21 @@ def start(
     architecture: Architecture, optimizer: optax.GradientTransformation, seed: int
 ) -> State:
     """Returns the state before the first step; alike for alike seeds."""
+    return starting(architecture, optimizer)(seed)
+
+
+def starting(
+    architecture: Architecture, optimizer: optax.GradientTransformation
+) -> Callable[[int], State]:
+    """Returns a function from a seed to the state before the first step."""
 
     @jax.jit
-    def make() -> State:
+    def make(seed: jax.Array) -> State:
         params = init(architecture, seed)
         key = jax.random.key(seed, impl=_PRNG)
         return State(params, optimizer.init(params), key, jnp.zeros(()))
 
-    return make()
+    return make
 
 
 def training_step(

@@ -1,5 +1,6 @@
 """The headline benchmarks: their data and arithmetic, and tiny runs of each command."""
 
+import dataclasses
 import json
 import random
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    correctness,
     headline_report,
     headlines,
     memory,
@@ -22,15 +24,17 @@ from benchmarks.contenders import contenders
 from benchmarks.workloads import Workload
 from tests.support import calls, closeness
 
+P = "--dropout=0.1"
 TINY = ["--tiny", "--quiet", "--rounds=1", "--sample-ms=1"]
 TOKENS = {"MIN": 11, "MAX": 12, "MED": 13, "SM": 14, "]": 15}
 
 
-def run(command, path, *options):
+def run(command, path, *options, plots=True):
     """Runs a command and returns its lines."""
     path = path / "run.jsonl"
     assert headlines.main([command, *TINY, f"--out={path}", *options]) == 0
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    if plots:
+        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[0]["kind"] == "run"
     assert lines[0]["command"][:4] == ["python", "-m", "benchmarks.headlines", command]
@@ -38,10 +42,15 @@ def run(command, path, *options):
 
 
 def test_bert_times_a_step_with_dropout_and_one_without_attention(tmp_path, capsys):
-    lines = run("bert", tmp_path, "--contenders=ours,jax-xla", "--dropout=0.1")
-    found = {line["contender"]: line for line in lines}
+    names = ("ours", "jax-xla-dropout", training.WITHOUT)
+    lines = run("bert", tmp_path, f"--contenders=jax-xla,{','.join(names[:2])}", P)
+    found = {line["contender"]: line for line in lines if line["kind"] == "step"}
     assert found["jax-xla"]["reason"] == "has no dropout"
-    for name in ("ours", training.WITHOUT):
+    assert found["ours"]["loss"] == pytest.approx(
+        found["jax-xla-dropout"]["loss"], rel=0.01
+    )
+    assert [x["contender"] for x in lines if x["kind"] == "sample"] == list(names)
+    for name in names:
         assert found[name]["status"] == "ok"
         assert found[name]["steps_per_second"] == 1 / found[name]["seconds"]
         assert found[name]["planned_bytes"] > 0
@@ -52,16 +61,17 @@ def test_bert_times_a_step_with_dropout_and_one_without_attention(tmp_path, caps
 
 @pytest.mark.long
 def test_gpt2_times_both_models(tmp_path):
-    lines = run("gpt2", tmp_path, "--contenders=ours,jax-xla,flax")
-    done = {(x["model"], x["dropout_p"]) for x in lines if x["status"] == "ok"}
+    lines = run("gpt2", tmp_path, "--contenders=ours", "--unchecked")
+    steps = [line for line in lines if line["kind"] == "step"]
+    done = {(x["model"], x["dropout_p"]) for x in steps if x["status"] == "ok"}
     models = ("gpt2_small", "gpt2_medium")
     assert done == {(model, p) for model in models for p in (0.0, 0.1)}
 
 
-def test_lra_compares_accuracies_of_one_seed(tmp_path, monkeypatch):
+def test_lra_compares_accuracies_of_one_seed(tmp_path):
     """Steps are timed as those of bert are, so not here."""
-    monkeypatch.setattr(training.Speed, "measure", lambda *_: [])
-    lines = run("lra", tmp_path, "--task=listops", "--seeds=1")
+    options = ("--task=listops", "--seeds=1", "--lengths=")
+    lines = run("lra", tmp_path, *options, plots=False)
     found = {x["contender"]: x for x in lines if x["kind"] == "accuracy"}
     assert found.keys() == {"ours", "jax-xla"}
     ours, exact = (found[name]["loss"] for name in ("ours", "jax-xla"))
@@ -72,20 +82,36 @@ def test_lra_compares_accuracies_of_one_seed(tmp_path, monkeypatch):
 def test_curves_of_ours_and_of_exact_attention_agree(tmp_path):
     lines = run("curves", tmp_path)
     (difference,) = (x for x in lines if x["kind"] == "difference")
-    curves = [x["losses"] for x in lines if x["kind"] == "curve"]
-    assert len(curves) == 2
-    assert curves[0][0] == pytest.approx(np.log(256), rel=0.1)
+    curves = headline_report.curves_of(lines)
+    assert {len(losses) for losses in curves.values()} == {6}
+    assert curves["ours"][0] == pytest.approx(np.log(256), rel=0.1)
     assert 0 <= difference["largest_relative"] < 0.01
 
 
 def test_memory_is_measured_by_length(tmp_path, monkeypatch):
-    def here(name, seqlen, mode, heads):
-        return memory.measure(name, seqlen, mode == "both", heads)
+    def here(name, seqlens, mode, heads):
+        return [memory.measure(name, n, mode == "both", heads) for n in seqlens]
 
     monkeypatch.setattr(memory, "measure_elsewhere", here)
     lines = run("memory", tmp_path)
     planned = {(x["contender"], x["seqlen"]): x["planned_bytes"] for x in lines}
     assert planned.keys() == {(n, s) for n in ("ours", "jax-xla") for s in (64, 128)}
+
+
+def test_memory_says_why_a_process_gave_nothing(monkeypatch):
+    monkeypatch.setattr(memory.sys, "executable", "false")
+    lines = list(memory.measure_elsewhere("ours", (128, 64), "both"))
+    assert [line["seqlen"] for line in lines] == [64, 128]
+    assert {line["status"] for line in lines} == {"error"}
+
+
+@pytest.mark.long
+def test_memory_runs_all_lengths_in_one_process():
+    lines = list(memory.measure_elsewhere("ours", (128, 64), "both", heads=1))
+    assert [(line["seqlen"], line["status"]) for line in lines] == [
+        (64, "ok"),
+        (128, "ok"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -124,13 +150,14 @@ def test_models_have_the_published_number_of_parameters(architecture, published)
     assert architecture.head_dim == 64
 
 
-def test_flax_contender_computes_attention():
+@pytest.mark.parametrize("name", ["flax", "jax-xla-dropout"])
+def test_plain_contenders_compute_attention(name):
     workload = Workload("tiny", 2, 9, 2, 2, 8, causal=True)
     q, k, v = (
         jnp.asarray(np.random.default_rng(i).standard_normal(workload.q_shape), "f4")
         for i in range(3)
     )
-    attend = contenders()["flax"].build(workload)
+    attend = contenders()[name].build(workload)
     naive = calls.jit(contenders()["jax-xla"].build(workload))(q, k, v)
     with jax.enable_x64(True):
         wide = (np.asarray(x, np.float64) for x in (q, k, v))
@@ -199,7 +226,7 @@ def test_tasks_keep_training_and_held_out_apart(make):
 
 def step_line(contender, seconds, **fields):
     line = {"kind": "step", "model": "m", "seqlen": 8, "dropout_p": 0.0}
-    figures = {"seconds": seconds, "spread": 0.01, "planned_bytes": 2**30}
+    figures = {"seconds": seconds, "spread": 0.01, "planned_bytes": 2**30, "loss": 2.0}
     return {**line, "contender": contender, "status": "ok", **figures, **fields}
 
 
@@ -210,13 +237,59 @@ def test_table_tells_attentions_share_and_its_own_factor():
         step_line(training.WITHOUT, 0.4),
     ]
     ours, exact, without = headline_report.steps_table(lines).splitlines()[2:]
-    assert ours == "| m | 8 | 0 | ours | 2 | 1.0% | 20% | 1 | 1.00 | 1.00 |"
-    assert exact == "| m | 8 | 0 | jax-xla | 1 | 1.0% | 60% | 1 | 2.00 | 6.00 |"
-    assert without.endswith("|  | 1 | 0.80 |  |")
+    assert ours == "| m | 8 | 0 | ours | 2 | 1.0% | 20% | 1 | 2.0000 | 1.00 | 1.00 |"
+    assert (
+        exact == "| m | 8 | 0 | jax-xla | 1 | 1.0% | 60% | 1 | 2.0000 | 2.00 | 6.00 |"
+    )
+    assert without.endswith("|  | 1 | 2.0000 | 0.80 |  |")
 
 
 def test_difference_of_curves_is_of_their_means():
     first, second = np.full(120, 1.02), np.full(120, 1.0)
     first[::2] += 0.5
     first[1::2] -= 0.5
-    assert headline_report.largest_difference(first, second) == pytest.approx(0.02)
+    found = {"ours": first, "jax-xla": second[:110]}
+    assert headline_report.largest_difference(found) == pytest.approx(0.02)
+
+
+def test_report_counts_the_samples_of_a_run_that_ended_early(tmp_path, capsys):
+    path = tmp_path / "run.jsonl"
+    done = step_line("ours", 0.5)
+    lines = [{**done, "kind": "contender", "seconds": 9.0}, done]
+    for name in ("jax-xla", "jax-cudnn"):
+        lines.append(step_line(name, 4.0, kind="contender", dropout_p=0.1))
+    lines += [
+        {**step_line("jax-xla", seconds, dropout_p=0.1), "kind": "sample"}
+        for seconds in (1.0, 2.0, 3.0)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert headline_report.main([str(path)]) == 0
+    table = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| m ")]
+    assert [row.split(" | ")[3:5] for row in table] == [
+        ["ours", "2"],
+        ["jax-xla", "0.5"],
+        ["jax-cudnn", "0.25"],
+    ]
+    assert path.with_suffix(".png").exists()
+
+
+def test_running_out_of_memory_is_told_apart():
+    error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 52 GiB")
+    assert correctness.failure(error).status == "out of memory"
+    assert correctness.failure(RuntimeError("no")).status == "error"
+
+
+@pytest.mark.long
+def test_a_trainer_repeats_itself_from_the_same_seed():
+    architecture = headlines.shrunk(headlines.BERT_LARGE)
+    architecture = dataclasses.replace(architecture, objective="next")
+    examples = training.Examples(jnp.arange(200) % 7, None, architecture.seqlen)
+    attend = contenders()["jax-xla"].build(architecture.attention(2, 0.0))
+    trainer = training.Trainer(
+        architecture, attend, examples, batch_size=2, steps=3, learning_rate=1e-3
+    )
+    (first,), (again,), (other,) = (
+        [losses for _, losses in trainer.run(seed)] for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
