@@ -41,6 +41,14 @@ def test_portable_family(case, expected):
     oracle.check(results, expected[case], GRADIENTS)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("name", ["no_queries", "no_keys"])
+def test_nothing_to_compute(name, head_dim, expected):
+    case = dataclasses.replace(cases.BY_NAME[name], head_dim=head_dim)
+    results = calls.run(case, implementation="cuda")
+    oracle.check(results, expected[case], GRADIENTS)
+
+
 @pytest.mark.parametrize(
     "case", [cases.BY_NAME[name] for name in DETERMINISTIC], ids=str
 )

@@ -207,7 +207,9 @@ __device__ __forceinline__ void consume_probs(Consumer<Config> self) {
 
   int remaining = self.walk.steps();
   const bool any_steps = remaining > 0;
-  auto step = self.walk.first();
+  // Where there is no step, there is no first one to work out: it is a remainder by 0.
+  typename Consumer<Config>::Step step{};
+  if (any_steps) step = self.walk.first();
   auto before = step;
   bool has_before = false;
   const auto finish_scores = [&] {
@@ -309,7 +311,8 @@ __device__ __forceinline__ void consume_dscores(Consumer<Config> self) {
 
   int remaining = self.walk.steps();
   const bool any_steps = remaining > 0;
-  auto step = self.walk.first();
+  typename Consumer<Config>::Step step{};
+  if (any_steps) step = self.walk.first();
   int dscores_stage = 0;
   int used_stages = 0;  // that hold dscores
   constexpr int kFirst = Shapes::kPanelsOfProbs;
