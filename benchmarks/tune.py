@@ -1,6 +1,7 @@
-"""Finds the fastest tiles of a kernel family on the device at hand.
+"""Finds the fastest tiles of the kernels on Hopper, on the device at hand.
 
     python -m jax_flash_attn tune --head-dim 128 --mask causal --seqlens 2048,16384
+    python -m jax_flash_attn tune --operation backward --head-dim 256 --mask full
 
 Every candidate is compiled, and left out where the compiler spills registers or warns;
 it is checked against the oracle; then all are timed in turns, on each length. Printed
@@ -16,7 +17,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +34,8 @@ WIDTH = 2048
 """Batch times length, and heads times head dim, of what is timed."""
 
 _SHARED_BYTES = 227 * 1024
+_BARRIER_BYTES = 1024
+"""Barriers and places take less."""
 _REGISTERS = {2: 240, 3: 160}
 """Of a thread, by the number of consumer warpgroups."""
 _REGISTERS_BESIDE = 30
@@ -40,15 +43,8 @@ _REGISTERS_BESIDE = 30
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
-    """Tiles of the forward on Hopper (csrc/launchers/sm90_tiles.h)."""
-
-    tile_q: int
-    tile_k: int
-    query_stages: int
-    key_stages: int
-    value_stages: int
-    prob_buffers: int
+class Tiles:
+    """One choice of tiles; the fields are those of csrc/launchers/sm90_tiles.h."""
 
     def __str__(self) -> str:
         return ", ".join(map(str, dataclasses.astuple(self)))
@@ -58,13 +54,23 @@ class Candidate:
         """As `jax_flash_attn.testing.override_tiles` takes it."""
         return f"sm90:{','.join(map(str, dataclasses.astuple(self)))}"
 
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTiles(Tiles):
+    """Tiles of sm90/forward.cuh."""
+
+    tile_q: int
+    tile_k: int
+    query_stages: int
+    key_stages: int
+    value_stages: int
+    prob_buffers: int
+
     def fits(self, head_dim: int) -> bool:
         """Returns whether shared memory and registers can hold it."""
-        columns = -(-head_dim // 64) * 64
         rows = self.query_stages * self.tile_q
         rows += (self.key_stages + self.value_stages) * self.tile_k
-        # Barriers take less than what 1 KB leaves.
-        if 2 * rows * columns > _SHARED_BYTES - 1024:
+        if 2 * rows * _panel_columns(head_dim) > _SHARED_BYTES - _BARRIER_BYTES:
             return False
         scores = self.tile_k // 2
         probs = self.prob_buffers * self.tile_k // 4
@@ -73,13 +79,41 @@ class Candidate:
         return scores + probs + out + _REGISTERS_BESIDE <= limit
 
 
-def candidates(head_dim: int) -> Iterator[Candidate]:
+@dataclasses.dataclass(frozen=True)
+class BackwardTiles(Tiles):
+    """Tiles of sm90/backward.cuh, and with 64 keys of sm90/wide_backward.cuh."""
+
+    tile_q: int
+    tile_k: int
+    query_stages: int
+    dout_stages: int
+
+    def fits(self, head_dim: int) -> bool:
+        """Returns whether there is a kernel for it, and shared memory."""
+        is_wide = self.tile_k == 64
+        if (head_dim <= 64) if is_wide else (head_dim > 128):
+            return False
+        stages = self.query_stages + self.dout_stages
+        rows = 2 * self.tile_k + stages * self.tile_q
+        dscores = 2 * 2 * self.tile_q * self.tile_k
+        fp32_columns = 2 * 64 + self.tile_k if is_wide else -(-head_dim // 16) * 16
+        needed = 2 * rows * _panel_columns(head_dim) + dscores
+        needed += 4 * self.tile_q * (fp32_columns + stages)
+        return needed <= _SHARED_BYTES - _BARRIER_BYTES
+
+
+def _panel_columns(head_dim: int) -> int:
+    """Columns that a row takes in shared memory."""
+    return -(-head_dim // 64) * 64
+
+
+def forward_candidates(head_dim: int) -> Iterator[ForwardTiles]:
     """Yields the tiles worth trying for a head dim: two query stages where they fit."""
     for tile_q, tile_k, stages, prob_buffers in itertools.product(
         (128, 192), range(48, 209, 16), (2, 3), (1, 2)
     ):
         for query_stages in (2, 1):
-            candidate = Candidate(
+            candidate = ForwardTiles(
                 tile_q, tile_k, query_stages, stages, stages, prob_buffers
             )
             if candidate.fits(head_dim):
@@ -87,7 +121,29 @@ def candidates(head_dim: int) -> Iterator[Candidate]:
                 break
 
 
-def table_row(head_dim: int, features: str, candidate: Candidate) -> str:
+def backward_candidates(head_dim: int) -> Iterator[BackwardTiles]:
+    """Yields the tiles worth trying for a head dim."""
+    for tile_k, query_stages, dout_stages in itertools.product(
+        (128, 64), (1, 2, 3), (1, 2, 3)
+    ):
+        candidate = BackwardTiles(64, tile_k, query_stages, dout_stages)
+        if candidate.fits(head_dim):
+            yield candidate
+
+
+CANDIDATES: Mapping[str, Callable[[int], Iterator[Tiles]]] = {
+    "forward": forward_candidates,
+    "backward": backward_candidates,
+}
+TILES: Mapping[str, Callable[..., Tiles]] = {
+    "forward": ForwardTiles,
+    "backward": BackwardTiles,
+}
+MODES = {"forward": "fwd", "backward": "bwd"}
+"""What the benchmark calls timing an operation."""
+
+
+def table_row(head_dim: int, features: str, candidate: Tiles) -> str:
     """Returns a row of csrc/launchers/sm90_tiles.cc."""
     return f"    {{{head_dim}, Features::{features}, {{{candidate}}}}},"
 
@@ -97,7 +153,7 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def winner(speeds: Mapping[Candidate, Sequence[float]]) -> Candidate:
+def winner(speeds: Mapping[Tiles, Sequence[float]]) -> Tiles:
     """Returns whose speeds have the largest geometric mean."""
     return max(speeds, key=lambda candidate: geometric_mean(speeds[candidate]))
 
@@ -119,11 +175,11 @@ def _workload(head_dim: int, seqlen: int, options: argparse.Namespace) -> Worklo
     )
 
 
-def _is_clean(candidate: Candidate, head_dim: int, attributes: Any) -> bool:
+def _is_clean(candidate: Tiles, operation: str, head_dim: int, attributes: Any) -> bool:
     """Whether the compiler neither spills nor warns."""
     try:
-        (kernel,) = _ffi.native.compile(
-            "forward",
+        kernels = _ffi.native.compile(
+            operation,
             attributes,
             "bfloat16",
             head_dim,
@@ -133,12 +189,15 @@ def _is_clean(candidate: Candidate, head_dim: int, attributes: Any) -> bool:
         )
     except (RuntimeError, ValueError, NotImplementedError):
         return False
-    return not (kernel["spill_bytes"] or kernel["stack_bytes"] or kernel["warnings"])
+    return not any(
+        kernel["spill_bytes"] or kernel["stack_bytes"] or kernel["warnings"]
+        for kernel in kernels
+    )
 
 
 def clean_candidates(
-    head_dim: int, workload: Workload, among: Sequence[Candidate]
-) -> list[Candidate]:
+    operation: str, head_dim: int, workload: Workload, among: Sequence[Tiles]
+) -> list[Tiles]:
     """Returns those that compile for a workload without spills and warnings."""
     spec = _spec.AttentionSpec(
         softmax_scale=head_dim**-0.5,
@@ -148,7 +207,10 @@ def clean_candidates(
         dropout_p=workload.dropout_p,
     )
     is_clean = functools.partial(
-        _is_clean, head_dim=head_dim, attributes=_ffi.attributes(spec)
+        _is_clean,
+        operation=operation,
+        head_dim=head_dim,
+        attributes=_ffi.attributes(spec),
     )
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         verdicts = tqdm(pool.map(is_clean, among), "compile", total=len(among))
@@ -156,30 +218,31 @@ def clean_candidates(
 
 
 def _speeds(
-    workload: Workload, among: Sequence[Candidate], options: argparse.Namespace
-) -> dict[Candidate, float]:
+    workload: Workload, among: Sequence[Tiles], options: argparse.Namespace
+) -> dict[Tiles, float]:
     """TFLOP/s of the candidates whose results are right."""
     operands = arrays.make(workload)
     checker = Checker(workload, operands)
-    flops = workloads.flops(workload, "fwd")
-    running: dict[Candidate, tuple[Ours, timing.Sampler]] = {}
+    mode = MODES[options.operation]
+    flops = workloads.flops(workload, mode)
+    running: dict[Tiles, tuple[Ours, timing.Sampler]] = {}
     for candidate in tqdm(among, f"check {workload.name}"):
-        ours = Ours(candidate.text, forced={"forward": candidate.text})
+        ours = Ours(candidate.text, forced={options.operation: candidate.text})
         with ours.running():
-            verdict = checker.verdict(ours, "fwd")
+            verdict = checker.verdict(ours, mode)
             if verdict.status != "ok":
                 print(f"{candidate}: {verdict.status}: {verdict.reason}")
                 continue
             sampler = modes.sampler(
                 ours,
                 workload,
-                "fwd",
+                mode,
                 operands,
                 guess=flops / 5e14,
                 sample_seconds=options.sample_ms / 1e3,
             )
         running[candidate] = (ours, sampler)
-    samples: dict[Candidate, list[float]] = {c: [] for c in running}
+    samples: dict[Tiles, list[float]] = {c: [] for c in running}
     for _ in tqdm(range(options.rounds), f"time {workload.name}"):
         for candidate, (ours, sampler) in running.items():
             with ours.running():
@@ -194,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tune", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
+    add("--operation", choices=tuple(TILES), default="forward")
     add("--head-dim", type=int, default=128, metavar="D", help="default: %(default)s")
     add("--mask", choices=("full", "causal"), default="causal")
     add(
@@ -209,11 +273,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _chosen(options: argparse.Namespace) -> list[Candidate]:
+def _chosen(options: argparse.Namespace) -> list[Tiles]:
     if not options.tiles:
-        return list(candidates(options.head_dim))
+        return list(CANDIDATES[options.operation](options.head_dim))
     numbers = (text.removeprefix("sm90:") for text in options.tiles.split(";"))
-    return [Candidate(*map(int, text.split(","))) for text in numbers]
+    return [TILES[options.operation](*map(int, text.split(","))) for text in numbers]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -224,7 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     lengths = [int(text) for text in options.seqlens.split(",")]
     tried = [_workload(options.head_dim, seqlen, options) for seqlen in lengths]
-    among = clean_candidates(options.head_dim, tried[0], _chosen(options))
+    among = clean_candidates(
+        options.operation, options.head_dim, tried[0], _chosen(options)
+    )
     by_length = [_speeds(workload, among, options) for workload in tried]
     speeds = {
         candidate: [found[candidate] for found in by_length]

@@ -5,35 +5,34 @@ import pytest
 from benchmarks import tune
 from tests.support import tile_table
 
-ROWS = [
-    row
-    for row in tile_table.rows()
-    if (row.family, row.operation) == ("sm90", "forward")
-]
+ROWS = [row for row in tile_table.rows() if row.family == "sm90"]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_candidates_hold_every_row_of_the_table(row):
-    assert tune.Candidate(*row.numbers) in set(tune.candidates(row.max_head_dim))
+    tiles = tune.TILES[row.operation](*row.numbers)
+    assert tiles in set(tune.CANDIDATES[row.operation](row.max_head_dim))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_candidates_are_few_enough_to_try(head_dim):
-    found = list(tune.candidates(head_dim))
-    assert 5 < len(found) < 200
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_candidates_are_few_enough_to_try(operation, head_dim):
+    found = list(tune.CANDIDATES[operation](head_dim))
+    assert 2 < len(found) < 200
     assert len(set(found)) == len(found)
 
 
 def test_a_candidate_is_a_row_of_the_table():
     row = ROWS[0]
-    text = tune.table_row(row.max_head_dim, row.features, tune.Candidate(*row.numbers))
+    tiles = tune.TILES[row.operation](*row.numbers)
+    text = tune.table_row(row.max_head_dim, row.features, tiles)
     table = (tile_table.LAUNCHERS / "sm90_tiles.cc").read_text()
     assert text in table.splitlines()
-    assert tune.Candidate(*row.numbers).text == row.text
+    assert tiles.text == row.text
 
 
 def test_the_winner_is_fastest_over_all_lengths():
-    even, odd = list(tune.candidates(64))[:2]
+    even, odd = list(tune.forward_candidates(64))[:2]
     assert tune.winner({even: [100.0, 100.0], odd: [190.0, 50.0]}) == even
 
 
