@@ -117,10 +117,61 @@ def tiles() -> Figure:
     return figure
 
 
+def turns() -> Figure:
+    """The forward on Hopper: who works when, over the end of one query tile.
+
+    Durations are a model: 1 for a product of one consumer, more for its exponentials.
+    """
+    softmax, write, key_tiles = 1.9, 1.2, 3
+    lanes = ("tensor cores", "consumer 0", "consumer 1")
+    colours = {"q k": SEEN, "p v": CUT, "softmax": "#56B4E9", "write out": "#999999"}
+    figure, axis = plt.subplots(figsize=(8.5, 2.3), layout="constrained")
+
+    def bar(lane: int, start: float, length: float, work: str, text: str) -> None:
+        axis.broken_barh(
+            [(start, length)], (lane - 0.35, 0.7), fc=colours[work], ec=EDGE
+        )
+        ink = "white" if work == "q k" else "black"
+        axis.text(
+            start + length / 2,
+            lane,
+            text,
+            ha="center",
+            va="center",
+            fontsize=7,
+            color=ink,
+        )
+
+    tensor_free = 0.0
+    ready = [0.0, 0.0]  # when each consumer may start its next products
+    for turn in range(2 * key_tiles):
+        for consumer in range(2):
+            last = turn % key_tiles == key_tiles - 1
+            products = ("p v", "q k") if last else ("q k", "p v")
+            start = max(tensor_free, ready[consumer])
+            for n, work in enumerate(products):
+                bar(0, start + n, 1, work, f"{work}\n{consumer}")
+            tensor_free = start + 2
+            after = start + 1  # scores are there, or out is
+            if last:
+                bar(1 + consumer, after, write, "write out", "out")
+                after = max(after + write, start + 2)
+            bar(1 + consumer, after, softmax, "softmax", "softmax")
+            ready[consumer] = after + softmax
+    axis.set_yticks(range(len(lanes)), lanes)
+    axis.invert_yaxis()
+    axis.set_xticks([])
+    axis.set_xlabel("time")
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[], Figure]] = {
     "masks": masks,
     "alignment": alignment,
     "tiles": tiles,
+    "turns": turns,
 }
 
 
