@@ -35,7 +35,7 @@ struct OnlineSoftmax {
       }
   }
 
-  // What `out` has still to see of references that moved: a factor for each row.
+  // What `out` has still to see of references that moved.
   struct Rescale {
     bool any = false;  // the same in the whole warp
     float factor[kRowTiles][2];
@@ -46,22 +46,23 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-        for (int n = 0; n < Out::kColumnTiles; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) out.values[m][n][i] *= factor[m][i / 2];
+        for (int half = 0; half < 2; ++half) scale_row(out, m, half, factor[m][half]);
     }
   };
 
   // Turns scores into probabilities relative to the reference and rescales `out` when it moves.
   template <class Scores, class Out>
   __device__ __forceinline__ void update(Scores& scores, Out& out, float exponent_scale) {
-    advance(scores, exponent_scale).apply(out);
+    advance(scores, exponent_scale,
+            [&](int m, int half, float factor) { scale_row(out, m, half, factor); });
     exponentiate(scores, exponent_scale);
   }
 
   // Moves the references that the maxima of `scores` have left behind, and with them the sums.
-  template <class Scores>
-  __device__ __forceinline__ Rescale advance(const Scores& scores, float exponent_scale) {
+  // Calls on_move(m, half, factor) for each row that moves. Returns whether one of the warp may.
+  template <class Scores, class OnMove>
+  __device__ __forceinline__ bool advance(const Scores& scores, float exponent_scale,
+                                          OnMove on_move) {
     float row_max[kRowTiles][2];
     bool moves = false;
 #pragma unroll
@@ -72,22 +73,19 @@ struct OnlineSoftmax {
         // -inf minus -inf is NaN and compares false: a row without keys so far does not move.
         moves |= (row_max[m][half] - reference[m][half]) * exponent_scale > kLazyRescaleLog2;
       }
-    Rescale rescale;
-    if (!__any_sync(0xffffffffu, moves)) return rescale;
-    rescale.any = true;
+    if (!__any_sync(0xffffffffu, moves)) return false;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float moved = fmaxf(reference[m][half], row_max[m][half]);
-        rescale.factor[m][half] =
-            moved == reference[m][half]
-                ? 1.0f
-                : ptx::exp2_approx((reference[m][half] - moved) * exponent_scale);
+        if (moved == reference[m][half]) continue;
+        const float factor = ptx::exp2_approx((reference[m][half] - moved) * exponent_scale);
         reference[m][half] = moved;
-        sum[m][half] *= rescale.factor[m][half];
+        sum[m][half] *= factor;
+        on_move(m, half, factor);
       }
-    return rescale;
+    return true;
   }
 
   // Turns scores into probabilities relative to the references and adds them to the row sums.
@@ -127,7 +125,10 @@ struct OnlineSoftmax {
         return Rescale();
       }
     }
-    const Rescale rescale = advance(scores, exponent_scale);
+    Rescale rescale;
+    rescale.factor[0][0] = rescale.factor[0][1] = 1.0f;
+    rescale.any = advance(scores, exponent_scale,
+                          [&](int m, int half, float factor) { rescale.factor[m][half] = factor; });
     emit_probs(scores, tile_sum, exponent_scale, emit);
     sum[0][0] += tile_sum[0];
     sum[0][1] += tile_sum[1];
@@ -177,6 +178,14 @@ struct OnlineSoftmax {
         }
       emit(pair, probs[0], probs[1]);
     }
+  }
+
+  template <class Out>
+  static __device__ __forceinline__ void scale_row(Out& out, int m, int half, float factor) {
+#pragma unroll
+    for (int n = 0; n < Out::kColumnTiles; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) out.values[m][n][2 * half + c] *= factor;
   }
 
   template <class Scores>
