@@ -58,7 +58,8 @@ def attention(
     # The inner where keeps -inf minus -inf out of the gradient.
     scores = jnp.where(is_empty, 0, scores)
     lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-    probs = jnp.where(is_empty, 0, jnp.exp(scores - lse))
+    # Not exp(scores - lse): next to a large score, lse has no digits of log(total).
+    probs = jnp.where(is_empty, 0, jax.nn.softmax(scores, axis=-1))
     if dropout_keys is not None:
         keep = dropout.keep_mask(dropout_keys, seqlen_q, k.shape[1], dropout_p)
         probs = jnp.where(keep, probs / (1 - dropout_p), 0)

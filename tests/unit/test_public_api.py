@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jax_flash_attn
-from tests.support import calls, cases, closeness, inputs, oracle
+from jax_flash_attn.integrations._options import Options
+from tests.support import calls, cases, closeness, inputs, layers, oracle
 
 FLASH_ATTN_ARGUMENTS = {
     "dropout_p": 0.0,
@@ -245,6 +246,42 @@ def test_bias_of_minus_infinity_hides_a_row():
     assert (out[:, 1] == 0).all()
     assert (lse[:, 1] == -jnp.inf).all()
     assert jnp.isfinite(jax.grad(lambda x: attend(x)[0].sum())(x)).all()
+
+
+LARGE = {
+    "bias_1e4": -1e4,
+    "bias_1e9": -1e9,
+    "bias_finfo_min": float(jnp.finfo(jnp.float32).min),
+    "scores": None,
+}
+"""The bias of every key of the second batch entry; None: large scores and a mask."""
+
+
+@pytest.mark.parametrize("layer", [False, True], ids=["function", "layer"])
+@pytest.mark.parametrize("row", LARGE.values(), ids=LARGE)
+def test_dense_probabilities_add_up_to_one_where_lse_is_large(row, layer):
+    q, k, v = (layers.normal(2, n, 4, 8, seed=n) for n in (5, 7, 8))
+    v = v[:, :7]
+    if row is None:
+        # Values of one show the sum of the probabilities and nothing of the scores.
+        q[..., 0], k[..., 0], v[:] = 1, 1e5, 1
+        dense = {"mask": np.ones((1, 1, 5, 7), bool)}
+    else:
+        dense = {"bias": np.zeros((2, 1, 1, 7), np.float32)}
+        dense["bias"][1] = row
+
+    def ours(q, k, v):
+        if layer:
+            return Options().attend(q, k, v, **dense)
+        return jax_flash_attn.dot_product_attention(q, k, v, **dense)
+
+    def theirs(q, k, v):
+        """jax.nn's, whose scores and softmax are in the input dtype as the bias is."""
+        bias = dense.get("bias")
+        bias = bias if bias is None else bias.astype(q.dtype)
+        return jax.nn.dot_product_attention(q, k, v, bias, dense.get("mask"))
+
+    layers.assert_equal(ours, theirs, (q, k, v))
 
 
 @pytest.mark.parametrize("axis", [0, 2], ids=["batch", "heads"])
