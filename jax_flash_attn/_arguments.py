@@ -6,7 +6,7 @@ Nothing here depends on where the call will run.
 import contextlib
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ def _array(value: Any, name: str) -> jax.Array:
     raise TypeError(f"{name} must be an array, got {value!r}.")
 
 
-def check_qkv(named: dict[str, jax.Array], packing: _spec.Packing) -> None:
+def check_qkv(named: Mapping[str, _shapes.Shaped], packing: _spec.Packing) -> None:
     """Checks ranks, dtypes and lengths of what carries q, k and v."""
     _check_ranks(named, packing)
     names = list(named)
@@ -74,7 +74,7 @@ def check_qkv(named: dict[str, jax.Array], packing: _spec.Packing) -> None:
         )
 
 
-def _check_ranks(named: dict[str, jax.Array], packing: _spec.Packing) -> None:
+def _check_ranks(named: Mapping[str, _shapes.Shaped], packing: _spec.Packing) -> None:
     packed = {"none": None, "kv": ("kv", 2), "qkv": ("qkv", 3)}[packing]
     for name, x in named.items():
         if packed is not None and name == packed[0]:
@@ -230,8 +230,8 @@ def dropout_keys(value: Any, p: float, batch: int, heads: int) -> jax.Array | No
     return dropout.philox_keys(array, batch, heads)
 
 
-def dense(value: Any, name: str, scores: tuple[int, int, int, int]) -> jax.Array | None:
-    """A bias or a mask with the rank of the scores, (B, H, Sq, Sk), or None."""
+def dense(value: Any, name: str, scores: tuple[int, ...]) -> jax.Array | None:
+    """A bias or a mask with the rank of the scores, (..., H, Sq, Sk), or None."""
     if value is None:
         return None
     array = _array(value, name)
@@ -239,8 +239,8 @@ def dense(value: Any, name: str, scores: tuple[int, int, int, int]) -> jax.Array
     if not jnp.issubdtype(array.dtype, right):
         kind = "bools" if name == "mask" else "floats"
         raise TypeError(f"{name} must be {kind}, got {array.dtype}.")
-    shape = (1,) * (4 - array.ndim) + array.shape
-    if len(shape) != 4 or any(
+    shape = (1,) * (len(scores) - array.ndim) + array.shape
+    if len(shape) != len(scores) or any(
         length not in (1, full) for length, full in zip(shape, scores, strict=True)
     ):
         raise ValueError(
@@ -261,7 +261,7 @@ def implementation(value: Any) -> _spec.Implementation:
 
 
 def make_spec(
-    qkv: Sequence[jax.Array],
+    qkv: Sequence[_shapes.Shaped],
     packing: _spec.Packing,
     *,
     scale: float,

@@ -15,6 +15,10 @@ WORKSPACE_COLUMN_MULTIPLE = 64
 SMALLEST_QUERY_TILE = 16
 
 
+Shaped = jax.Array | jax.ShapeDtypeStruct
+"""What has a shape and a dtype."""
+
+
 class Dimensions(NamedTuple):
     """The lengths of one call: B, Sq, Sk, H, Hk and D of the glossary."""
 
@@ -82,7 +86,7 @@ def num_qkv(packing: _spec.Packing) -> int:
     return len(_QKV[packing])
 
 
-def dimensions(qkv: Sequence[jax.Array], packing: _spec.Packing) -> Dimensions:
+def dimensions(qkv: Sequence[Shaped], packing: _spec.Packing) -> Dimensions:
     """Reads the lengths off the operands that carry q, k and v."""
     q, k = qkv[0], qkv[min(1, len(qkv) - 1)]
     return Dimensions(

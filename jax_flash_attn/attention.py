@@ -1,5 +1,7 @@
 """The public attention functions: flash-attn's and jax.nn's interfaces."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -292,15 +294,28 @@ def attend(
     mask: jax.Array | None,
     **arguments: Any,
 ) -> jax.Array:
-    """Returns attention with flash-attn's arguments and a bias and a mask array.
+    """Returns attention over any number of batch axes, with a bias and a mask array.
+
+    The batch axes stay apart, as what a mesh splits must not be merged.
 
     Args:
-        named: q, k and v under the names that errors call them by.
-        bias: See `dot_product_attention`.
-        mask: See `dot_product_attention`.
-        **arguments: Those of `canonicalize`.
+        named: q, k and v, (..., S, H, D), under the names that errors call them by.
+        bias: Added to the scores; broadcastable to (..., H, Sq, Sk).
+        mask: True where a query sees a key; broadcastable likewise.
+        **arguments: Those of `canonicalize`; alibi_slopes has shape (H,).
     """
-    operands, spec, chosen = canonicalize(named, "none", **arguments)
+    batch = next(iter(named.values())).shape[:-3]
+    # The arguments, and the entries that dropout counts, are those of one batch axis.
+    merged = {
+        name: jax.ShapeDtypeStruct((math.prod(batch), *x.shape[-3:]), x.dtype)
+        for name, x in named.items()
+    }
+    slopes, keys, spec, chosen = canonicalize(merged, "none", **arguments)
+    if slopes is not None:
+        slopes = slopes.reshape(*[1] * len(batch), *slopes.shape[1:])
+    if keys is not None:
+        keys = keys.reshape(*batch, *keys.shape[1:])
+    operands = Operands(tuple(named.values()), slopes, keys)
     return _dispatch(operands, bias, mask, spec, chosen, return_lse=False)[0]
 
 
@@ -327,7 +342,7 @@ def _flash_attn(
     implementation: Any,
     unsupported: dict[str, Any],
 ) -> Result:
-    operands, spec, chosen = canonicalize(
+    slopes, keys, spec, chosen = canonicalize(
         named,
         packing,
         dropout_p=dropout_p,
@@ -342,12 +357,13 @@ def _flash_attn(
         **unsupported,
     )
     return_lse = _arguments.static_flag(return_lse, "return_lse")
+    operands = Operands(tuple(named.values()), slopes, keys)
     results = _run(operands, spec, chosen, return_lse)
     return (results[0], results[1]) if return_lse else results[0]
 
 
 def canonicalize(
-    named: dict[str, jax.Array],
+    named: Mapping[str, _shapes.Shaped],
     packing: _spec.Packing,
     *,
     dropout_p: Any = 0.0,
@@ -361,8 +377,14 @@ def canonicalize(
     implementation: Any = "auto",
     top_left: bool = False,
     **unsupported: Any,
-) -> tuple[Operands, _spec.AttentionSpec, _spec.Implementation]:
-    """Checks flash-attn's arguments and brings them into canonical form."""
+) -> tuple[
+    jax.Array | None, jax.Array | None, _spec.AttentionSpec, _spec.Implementation
+]:
+    """Checks flash-attn's arguments and brings them into canonical form.
+
+    Returns:
+        Slopes (1 or B, H), Philox keys (B, H, 2), spec and implementation.
+    """
     _refuse_unknown(unsupported)
     chosen = _arguments.implementation(implementation)
     _arguments.check_qkv(named, packing)
@@ -382,7 +404,7 @@ def canonicalize(
         p=p,
         deterministic=_arguments.static_flag(deterministic, "deterministic"),
     )
-    return Operands(qkv, slopes, keys), spec, chosen
+    return slopes, keys, spec, chosen
 
 
 def _run(
@@ -463,7 +485,8 @@ def _with_dense_arrays(
     spec: _spec.AttentionSpec,
 ) -> tuple[jax.Array, jax.Array]:
     query, key, value = operands.qkv
-    seqlen_q, seqlen_k = query.shape[1], key.shape[1]
+    *batch, seqlen_q, heads, _ = query.shape
+    seqlen_k = key.shape[-3]
     offset = jnp.arange(seqlen_k)[None, :] - jnp.arange(seqlen_q)[:, None]
     diagonal = spec.diagonal(seqlen_q, seqlen_k)
     visible = jnp.ones((seqlen_q, seqlen_k), bool)[None, None]
@@ -471,7 +494,7 @@ def _with_dense_arrays(
         visible &= offset >= diagonal - spec.window_left
     if spec.window_right >= 0:
         visible &= offset <= diagonal + spec.window_right
-    scores = (query.shape[0], query.shape[2], seqlen_q, seqlen_k)
+    scores = (*batch, heads, seqlen_q, seqlen_k)
     bias = _arguments.dense(bias, "bias", scores)
     mask = _arguments.dense(mask, "mask", scores)
     if mask is not None:

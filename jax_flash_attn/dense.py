@@ -28,27 +28,27 @@ def attention(
     or whose scores are all -inf, gets out 0, lse -inf and no gradient.
 
     Args:
-        q: (B, Sq, H, D).
-        k: (B, Sk, Hk, D).
+        q: (..., Sq, H, D).
+        k: (..., Sk, Hk, D).
         v: The shape of k.
-        bias: Broadcastable to (B, H, Sq, Sk), or None.
+        bias: Broadcastable to (..., H, Sq, Sk), or None.
         visible: Bools, likewise.
         softmax_scale: Factor of q k^T.
         softcap: c > 0 replaces scale q k^T by c * tanh(scale q k^T / c).
-        dropout_keys: Philox keys, (B, H, 2) uint32, or None.
+        dropout_keys: Philox keys, (..., H, 2) uint32, or None.
         dropout_p: Share of probabilities that is dropped where keys are given.
 
     Returns:
-        out, (B, Sq, H, D) in the dtype of q, and lse, (B, H, Sq).
+        out, (..., Sq, H, D) in the dtype of q, and lse, (..., H, Sq).
     """
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    batch, seqlen_q, heads, head_dim = q.shape
-    heads_k = k.shape[2]
-    grouped = q.reshape(batch, seqlen_q, heads_k, heads // heads_k, head_dim)
-    scores = _product("bqhgd,bkhd->bhgqk", grouped, k, dtype) * jnp.asarray(
+    *batch, seqlen_q, heads, head_dim = q.shape
+    seqlen_k, heads_k = k.shape[-3:-1]
+    grouped = q.reshape(*batch, seqlen_q, heads_k, heads // heads_k, head_dim)
+    scores = _product("...qhgd,...khd->...hgqk", grouped, k, dtype) * jnp.asarray(
         softmax_scale, dtype
     )
-    scores = scores.reshape(batch, heads, seqlen_q, k.shape[1])
+    scores = scores.reshape(*batch, heads, seqlen_q, seqlen_k)
     if softcap > 0:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
@@ -61,11 +61,11 @@ def attention(
     # Not exp(scores - lse): next to a large score, lse has no digits of log(total).
     probs = jnp.where(is_empty, 0, jax.nn.softmax(scores, axis=-1))
     if dropout_keys is not None:
-        keep = dropout.keep_mask(dropout_keys, seqlen_q, k.shape[1], dropout_p)
+        keep = dropout.keep_mask(dropout_keys, seqlen_q, seqlen_k, dropout_p)
         probs = jnp.where(keep, probs / (1 - dropout_p), 0)
     probs = probs.astype(v.dtype)
-    probs = probs.reshape(batch, heads_k, heads // heads_k, seqlen_q, k.shape[1])
-    out = _product("bhgqk,bkhd->bqhgd", probs, v, dtype).astype(q.dtype)
+    probs = probs.reshape(*batch, heads_k, heads // heads_k, seqlen_q, seqlen_k)
+    out = _product("...hgqk,...khd->...qhgd", probs, v, dtype).astype(q.dtype)
     return out.reshape(q.shape), jnp.where(is_empty, -jnp.inf, lse)[..., 0]
 
 

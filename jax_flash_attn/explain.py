@@ -84,7 +84,7 @@ def explain(
     found: dict[str, Any] = {}
 
     def canonical(*arrays: jax.Array) -> None:
-        _, found["spec"], found["chosen"] = canonicalize(
+        *_, found["spec"], found["chosen"] = canonicalize(
             dict(zip(structs, arrays, strict=True)), "none", **arguments
         )
 

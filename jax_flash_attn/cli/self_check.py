@@ -156,13 +156,10 @@ def _reference(
     dtype: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The reference for the arguments of `flash_attn_func`, in the dtype of q."""
-    operands, spec, _ = canonicalize({"q": q, "k": k, "v": v}, "none", **arguments)
-    slopes = operands.slopes
+    slopes, keys, spec, _ = canonicalize({"q": q, "k": k, "v": v}, "none", **arguments)
     if slopes is not None:
         slopes = jnp.broadcast_to(slopes, (_BATCH, _HEADS))
-    return reference.attention(
-        q, k, v, slopes, operands.dropout_keys, spec=spec, dtype=dtype or q.dtype
-    )
+    return reference.attention(q, k, v, slopes, keys, spec=spec, dtype=dtype or q.dtype)
 
 
 def _evaluate(

@@ -1,7 +1,6 @@
 """What a layer asks of the kernel, fixed when the layer is made."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,18 +75,17 @@ class Options:
             causal: Limits the keys as if the layer had been made with causal=True.
         """
         named = {"query": query, "key": key, "value": value}
-        batch = _batch(named)
+        _check_batch(named)
         mask = None if mask is None else jnp.asarray(mask) != 0
         self._refuse_window_of_cache(query, key, mask)
         head_dim, value_dim = query.shape[-1], value.shape[-1]
         widest = max(head_dim, value_dim)
-        folded = {name: _widen(_fold(x, batch), widest) for name, x in named.items()}
         scale = self.softmax_scale
         slopes = self.alibi_slopes
         out = attention.attend(
-            folded,
-            _fold_dense(bias, "bias", batch),
-            _fold_dense(mask, "mask", batch),
+            {name: _widen(x, widest) for name, x in named.items()},
+            bias,
+            mask,
             dropout_p=dropout_p,
             softmax_scale=head_dim**-0.5 if scale is None else scale,
             causal=self.causal or causal,
@@ -99,7 +97,7 @@ class Options:
             implementation=self.implementation,
             top_left=top_left,
         )
-        return out[..., :value_dim].reshape(*query.shape[:-1], value_dim)
+        return out[..., :value_dim]
 
     def _refuse_window_of_cache(
         self, query: jax.Array, key: jax.Array, mask: jax.Array | None
@@ -124,7 +122,7 @@ def _slopes(value: Any) -> tuple[float, ...] | None:
     return tuple(_arguments.static_number(slope, "alibi_slopes") for slope in value)
 
 
-def _batch(named: dict[str, jax.Array]) -> tuple[int, ...]:
+def _check_batch(named: dict[str, jax.Array]) -> None:
     query = named["query"]
     for name, x in named.items():
         if x.ndim < 3:
@@ -136,11 +134,6 @@ def _batch(named: dict[str, jax.Array]) -> tuple[int, ...]:
                 f"{name} must have the batch axes of query, {query.shape[:-3]}, got "
                 f"{x.shape[:-3]}: {name}.shape is {x.shape}."
             )
-    return query.shape[:-3]
-
-
-def _fold(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
-    return x.reshape(math.prod(batch), *x.shape[-3:])
 
 
 def _widen(x: jax.Array, head_dim: int) -> jax.Array:
@@ -148,27 +141,3 @@ def _widen(x: jax.Array, head_dim: int) -> jax.Array:
     if missing == 0:
         return x
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-
-
-def _fold_dense(
-    array: jax.Array | None, name: str, batch: tuple[int, ...]
-) -> jax.Array | None:
-    """Brings the batch axes of a bias or a mask into one, as those of query are."""
-    if array is None:
-        return None
-    if array.ndim > len(batch) + 3:
-        raise ValueError(
-            f"{name} must have at most {len(batch) + 3} axes, (..., heads, queries, "
-            f"keys), got shape {array.shape}."
-        )
-    leading, scores = array.shape[:-3], array.shape[-3:]
-    if math.prod(leading) == 1:
-        return array.reshape(scores)
-    try:
-        spread = jnp.broadcast_to(array, (*batch, *scores))
-    except ValueError as error:
-        raise ValueError(
-            f"{name} must be broadcastable to the batch axes of query, {batch}, got "
-            f"shape {array.shape}."
-        ) from error
-    return _fold(spread, batch)

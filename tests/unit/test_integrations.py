@@ -177,7 +177,7 @@ def test_wrong_options_are_refused_when_a_layer_is_made(fields, error, text):
         ({"query": jnp.ones((5, 8))}, ValueError, "query must have shape"),
         ({"key": heads(7, batch=(3,))}, ValueError, "key must have the batch axes"),
         ({"value": heads(6)}, ValueError, "value must have the shape of key"),
-        ({"mask": jnp.ones((1, 2, 1, 5, 7))}, ValueError, "mask must have at most 4"),
+        ({"mask": jnp.ones((1, 2, 1, 5, 7))}, ValueError, "mask must be broadcastable"),
         ({"mask": jnp.ones((3, 1, 5, 7))}, ValueError, "mask must be broadcastable"),
         ({"bias": jnp.ones((5, 6))}, ValueError, "bias must be broadcastable"),
         ({"bias": jnp.ones((5, 7), int)}, TypeError, "bias must be floats"),

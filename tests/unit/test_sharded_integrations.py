@@ -1,0 +1,98 @@
+"""What the integrations share, over a mesh: results, and what is communicated."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as Spec
+
+from jax_flash_attn.integrations._options import Options
+from tests.support import inputs, oracle, partitioning
+from tests.support.cases import Case
+from tests.support.partitioning import Split
+
+pytestmark = pytest.mark.core
+
+BATCH = (4, 2)
+
+CASE = Case(
+    "batch_axes",
+    "a batch of two axes, and heads for a mesh axis",
+    batch=8,
+    seqlen_q=10,
+    seqlen_k=10,
+    heads=4,
+    heads_k=2,
+    head_dim=16,
+    dtype="float32",
+    causal=True,
+)
+EVERYTHING = dataclasses.replace(CASE, alibi="h", dropout_p=0.3)
+
+DENSE = {
+    "kernel": {},
+    "bias_and_mask": {
+        "bias": jnp.zeros((1, 2, 1, 10, 10)),
+        "mask": jnp.ones((4, 1, 1, 1, 10), bool),
+    },
+}
+"""Arrays that change nothing."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_cpu():
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
+)
+@pytest.mark.parametrize("dense", DENSE.values(), ids=DENSE)
+@pytest.mark.parametrize(
+    ("case", "spec"),
+    [
+        pytest.param(CASE, Spec(None, "model"), id="inner"),
+        pytest.param(EVERYTHING, Spec("data", "model"), id="both"),
+        pytest.param(CASE, Spec("data", None, None, "model"), id="outer_and_heads"),
+    ],
+)
+def test_batch_axes_stay_apart(case, spec, dense, axis_type):
+    """And dropout draws what it draws for the one axis that they would merge into."""
+    arrays = inputs.make(case)
+    options = Options(
+        causal=True,
+        alibi_slopes=None if arrays["slopes"] is None else tuple(arrays["slopes"]),
+    )
+
+    def with_gradients(q, k, v, dout):
+        def attend(q, k, v):
+            return options.attend(
+                q,
+                k,
+                v,
+                **dense,
+                dropout_p=case.dropout_p,
+                dropout_rng=arrays["dropout_rng"],
+            )
+
+        out, pullback = jax.vjp(attend, q, k, v)
+        return out, *pullback(dout)
+
+    operands = [
+        arrays[name].reshape(*BATCH, *arrays[name].shape[1:])
+        for name in ("q", "k", "v", "dout")
+    ]
+    mesh = Split().make_mesh(axis_type, jax.devices("cpu"))
+    results, found = partitioning.compile_and_run(
+        with_gradients, operands, [spec] * 4, mesh
+    )
+    assert found == set()
+    names = ("out", "dq", "dk", "dv")
+    merged = (np.asarray(x).reshape(case.batch, *x.shape[2:]) for x in results)
+    without_dlse = arrays | {"dlse": jnp.zeros_like(arrays["dlse"])}
+    right = oracle.of(case, without_dlse)
+    oracle.check(dict(zip(names, merged, strict=True)), right, names)
