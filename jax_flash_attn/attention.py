@@ -292,6 +292,8 @@ def attend(
     named: dict[str, jax.Array],
     bias: jax.Array | None,
     mask: jax.Array | None,
+    top_left: bool,
+    /,
     **arguments: Any,
 ) -> jax.Array:
     """Returns attention over any number of batch axes, with a bias and a mask array.
@@ -302,6 +304,7 @@ def attend(
         named: q, k and v, (..., S, H, D), under the names that errors call them by.
         bias: Added to the scores; broadcastable to (..., H, Sq, Sk).
         mask: True where a query sees a key; broadcastable likewise.
+        top_left: Aligns causal and the window top-left.
         **arguments: Those of `canonicalize`; alibi_slopes has shape (H,).
     """
     batch = next(iter(named.values())).shape[:-3]
@@ -310,7 +313,7 @@ def attend(
         name: jax.ShapeDtypeStruct((math.prod(batch), *x.shape[-3:]), x.dtype)
         for name, x in named.items()
     }
-    slopes, keys, spec, chosen = canonicalize(merged, "none", **arguments)
+    slopes, keys, spec, chosen = canonicalize(merged, "none", top_left, **arguments)
     if slopes is not None:
         slopes = slopes.reshape(*[1] * len(batch), *slopes.shape[1:])
     if keys is not None:
@@ -365,6 +368,8 @@ def _flash_attn(
 def canonicalize(
     named: Mapping[str, _shapes.Shaped],
     packing: _spec.Packing,
+    top_left: bool = False,
+    /,
     *,
     dropout_p: Any = 0.0,
     softmax_scale: Any = None,
@@ -375,12 +380,13 @@ def canonicalize(
     deterministic: Any = False,
     dropout_rng: Any = None,
     implementation: Any = "auto",
-    top_left: bool = False,
     **unsupported: Any,
 ) -> tuple[
     jax.Array | None, jax.Array | None, _spec.AttentionSpec, _spec.Implementation
 ]:
     """Checks flash-attn's arguments and brings them into canonical form.
+
+    Those by position are not a user's: by name they are refused as any unknown one.
 
     Returns:
         Slopes (1 or B, H), Philox keys (B, H, 2), spec and implementation.

@@ -86,6 +86,7 @@ class Options:
             {name: _widen(x, widest) for name, x in named.items()},
             bias,
             mask,
+            top_left,
             dropout_p=dropout_p,
             softmax_scale=head_dim**-0.5 if scale is None else scale,
             causal=self.causal or causal,
@@ -95,7 +96,6 @@ class Options:
             deterministic=self.deterministic_gradients,
             dropout_rng=dropout_rng,
             implementation=self.implementation,
-            top_left=top_left,
         )
         return out[..., :value_dim]
 

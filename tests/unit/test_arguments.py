@@ -1,6 +1,8 @@
 """Bad input: the right exception, while tracing, with the argument's name."""
 
+import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 import jax_flash_attn
+from jax_flash_attn import _spec
 
 pytestmark = pytest.mark.core
 
@@ -197,6 +200,32 @@ def test_arrays_of_one_number_are_numbers():
 def test_return_attn_probs_is_refused_by_name():
     with pytest.raises(NotImplementedError, match=named("return_attn_probs")):
         plain(return_attn_probs=True)
+
+
+ARRAYS = {
+    jax_flash_attn.flash_attn_func: (QUERIES, KEYS, KEYS),
+    jax_flash_attn.flash_attn_qkvpacked_func: ((B, SQ, 3, H, D),),
+    jax_flash_attn.flash_attn_kvpacked_func: (QUERIES, (B, SK, 2, HK, D)),
+    jax_flash_attn.dot_product_attention: (QUERIES, KEYS, KEYS),
+}
+PUBLIC = inspect.signature(jax_flash_attn.flash_attn_func).parameters
+INTERNAL = [
+    field.name
+    for field in dataclasses.fields(_spec.AttentionSpec)
+    if field.name not in PUBLIC
+]
+
+
+@pytest.mark.parametrize("name", [*INTERNAL, "named"])
+def test_what_a_call_is_made_of_is_no_argument(name):
+    assert "top_left" in INTERNAL
+    for function, shapes in ARRAYS.items():
+        call = functools.partial(function, **{name: True})
+        with pytest.raises(TypeError, match=name):
+            jax.eval_shape(call, *(struct(*shape) for shape in shapes))
+    arrays = [struct(*shape) for shape in (QUERIES, KEYS, KEYS)]
+    with pytest.raises(TypeError, match=named(name)):
+        jax_flash_attn.explain(*arrays, architecture="sm_90", **{name: True})
 
 
 QKVPACKED = {
