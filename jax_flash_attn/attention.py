@@ -506,8 +506,9 @@ def _with_dense_arrays(
     if mask is not None:
         visible &= mask
     if operands.slopes is not None:
-        slopes = jax.lax.stop_gradient(operands.slopes)[..., None, None]
-        distance = jnp.abs(offset - (seqlen_k - seqlen_q)).astype(slopes.dtype)
+        dtype = jnp.promote_types(query.dtype, jnp.float32)
+        slopes = jax.lax.stop_gradient(operands.slopes)[..., None, None].astype(dtype)
+        distance = jnp.abs(offset - (seqlen_k - seqlen_q)).astype(dtype)
         bias = -slopes * distance if bias is None else bias - slopes * distance
     return dense.attention(
         query,

@@ -53,9 +53,15 @@ def heads(seqlen, num_heads=2, head_dim=8, batch=(2,), seed=0):
     return jnp.asarray(layers.normal(*batch, seqlen, num_heads, head_dim, seed=seed))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("dense", [(), ("mask",), ("bias", "mask")], ids="-".join)
-def test_options_compute_what_the_oracle_does(dense):
+def test_options_compute_what_the_oracle_does(dense, dtype):
     """With and without dense arrays that change nothing."""
+    with jax.enable_x64(dtype == "float64"):
+        check_options(dense, dtype)
+
+
+def check_options(dense, dtype):
     case = cases.Case(
         "every_option",
         "each option on both routes",
@@ -64,7 +70,7 @@ def test_options_compute_what_the_oracle_does(dense):
         heads=4,
         heads_k=2,
         head_dim=16,
-        dtype="float32",
+        dtype=dtype,
         softmax_scale=0.3,
         causal=True,
         window_size=(9, -1),
