@@ -505,12 +505,19 @@ def _with_dense_arrays(
     mask = _arguments.dense(mask, "mask", scores)
     if mask is not None:
         visible &= mask
+    shift = None
     if operands.slopes is not None:
         dtype = jnp.promote_types(query.dtype, jnp.float32)
         slopes = jax.lax.stop_gradient(operands.slopes)[..., None, None].astype(dtype)
-        distance = jnp.abs(offset - (seqlen_k - seqlen_q)).astype(dtype)
-        bias = -slopes * distance if bias is None else bias - slopes * distance
-    return dense.attention(
+        distance = jnp.abs(offset - (seqlen_k - seqlen_q))
+        # Counted from the nearest visible key: in a decode cache that is far away, and
+        # slope * distance would leave the scores no digits.
+        nearest = jnp.where(visible, distance, seqlen_q + seqlen_k)
+        nearest = nearest.min(axis=-1, keepdims=True)
+        shift = (slopes * nearest.astype(dtype))[..., 0]
+        alibi = -slopes * (distance - nearest).astype(dtype)
+        bias = alibi if bias is None else bias + alibi
+    out, lse = dense.attention(
         query,
         key,
         value,
@@ -521,3 +528,4 @@ def _with_dense_arrays(
         dropout_keys=operands.dropout_keys,
         dropout_p=spec.dropout_p,
     )
+    return out, lse if shift is None else lse - shift

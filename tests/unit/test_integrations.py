@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flash_attn import _support, explain
+from jax_flash_attn import _support, attention, explain
+from jax_flash_attn._primitives import Operands
 from jax_flash_attn.integrations._options import Options
 from tests.support import calls, cases, inputs, layers, oracle
 
@@ -201,6 +202,50 @@ def test_window_is_refused_for_a_step_of_a_cache():
     with pytest.raises(NotImplementedError, match=r"window_size=\(2, 0\) and a mask"):
         Options(window_size=(2, 0)).attend(q, k, k, mask=mask)
     assert Options(window_size=(-1, 0)).attend(q, k, k, mask=mask).shape == q.shape
+
+
+@pytest.mark.parametrize("length", [1024, 8192, 65536])
+def test_slopes_of_a_cache_cost_no_digits_however_long_it_is(length):
+    """Eleven keys of a cache beside those eleven alone."""
+    case = cases.Case(
+        "step",
+        "one query after ten others",
+        seqlen_q=1,
+        seqlen_k=11,
+        heads=4,
+        heads_k=2,
+        head_dim=16,
+        dtype="float32",
+        alibi="h",
+    )
+    arrays = inputs.make(case)
+    right = oracle.of(case, arrays)
+    padding = [(0, 0), (0, length - 11), (0, 0), (0, 0)]
+    k, v = (jnp.pad(arrays[name], padding, constant_values=1) for name in "kv")
+    mask = (jnp.arange(length) < 11)[None, None, None]
+    slopes = arrays["slopes"][None]
+    spec = inputs.spec(case)
+
+    def attend(q, k, v):
+        operands = Operands((q, k, v), slopes, None)
+        return attention._with_dense_arrays(operands, None, mask, spec)
+
+    def with_gradients(q, k, v):
+        (out, lse), pullback = jax.vjp(attend, q, k, v)
+        return out, lse, *pullback((arrays["dout"], arrays["dlse"]))
+
+    out, lse, dq, dk, dv = calls.jit(with_gradients)(arrays["q"], k, v)
+    results = (out, lse, dq, dk[:, :11], dv[:, :11])
+    # A query stands behind the last key: the eleven are that much farther away.
+    farther = np.asarray(slopes, np.float64)[..., None] * (length - 11)
+    shifted = right["lse"][0] - farther
+    right["lse"] = (shifted, shifted.astype(np.float32))
+    oracle.check(dict(zip(oracle.NAMES, results, strict=True)), right)
+    assert not dk[:, 11:].any()
+    assert not dv[:, 11:].any()
+    options = Options(causal=True, alibi_slopes=slopes[0])
+    out = options.attend(arrays["q"], k, v, mask=mask)
+    oracle.check({"out": out}, right, ("out",))
 
 
 @pytest.mark.parametrize("name", ["bias", "mask"])
