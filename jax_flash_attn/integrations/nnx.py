@@ -52,7 +52,9 @@ class AttentionFn(_options.Options):
             dtype: Of the computation; inferred from the arrays by default.
             precision: Met by any value: products are exact to the dtype, sums float32.
             module: Refused: there are no weights to sow.
-            is_causal: Query i sees keys j <= i, aligned top-left, as nnx has it.
+            is_causal: Query i sees keys j <= i, aligned top-left, as nnx has it. Where
+                queries and keys differ in number, not with causal, window_size or
+                alibi_slopes, which are aligned bottom-right.
 
         Returns:
             (..., queries, heads, value_dim). A query that sees no key gets 0 (flax
@@ -90,11 +92,12 @@ class AttentionFn(_options.Options):
         """Whether nnx's alignment is not ours; refuses to mix them."""
         if num_queries == num_keys:
             return False
-        if self.limits_keys:
+        given = "causal and window_size" if self.limits_keys else "alibi_slopes"
+        if self.limits_keys or self.alibi_slopes is not None:
             raise ValueError(
                 f"is_causal=True aligns {num_queries} queries and {num_keys} keys "
-                "top-left, and causal and window_size of attention_fn align them "
-                "bottom-right: pass one of them."
+                f"top-left, and {given} of attention_fn align them bottom-right: pass "
+                "one of them."
             )
         return True
 

@@ -100,7 +100,14 @@ def test_layers_made_alike_share_a_compiled_program():
             {},
             {"is_causal": True, "inputs_k": normal(2, 9, 8)},
             ValueError,
-            "is_causal=True aligns 5 queries and 9 keys",
+            "aligns 5 queries and 9 keys top-left, and causal and window_size",
+        ),
+        (
+            {"alibi_slopes": [0.1] * 4},
+            {},
+            {"is_causal": True, "inputs_k": normal(2, 3, 8)},
+            ValueError,
+            "aligns 5 queries and 3 keys top-left, and alibi_slopes",
         ),
         ({}, {}, {"is_causal": 1}, TypeError, "is_causal must be True or False"),
         (
@@ -111,7 +118,7 @@ def test_layers_made_alike_share_a_compiled_program():
             "dropout_rate must be at least 0 and below 1",
         ),
     ],
-    ids=["sow", "alignment", "is_causal", "dropout_rate"],
+    ids=["sow", "alignment", "alibi_alignment", "is_causal", "dropout_rate"],
 )
 def test_what_cannot_be_done_is_refused(ours, options, call, error, text):
     module = layer(ours, **options)
