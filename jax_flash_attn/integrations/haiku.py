@@ -21,6 +21,9 @@ class MultiHeadAttention(hk.MultiHeadAttention):
 
     Arguments, names and shapes of parameters are Haiku's, so that a checkpoint of one
     layer loads into the other. What the kernel should do is said by name.
+
+    Haiku keeps mixed-precision policies by class, so one of `hk.MultiHeadAttention`
+    does not count here: pass this class to `hk.mixed_precision.set_policy`.
     """
 
     def __init__(

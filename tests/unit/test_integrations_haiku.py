@@ -5,11 +5,12 @@ import inspect
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import jmp
 import numpy as np
 import pytest
 
 from jax_flash_attn.integrations.haiku import MultiHeadAttention
-from tests.support import calls, layers
+from tests.support import calls, closeness, layers
 from tests.support.layers import normal
 
 W_INIT = hk.initializers.VarianceScaling(1.0)
@@ -80,6 +81,25 @@ def test_signature_begins_with_that_of_haiku():
     assert [(p.name, p.kind, p.default) for p in theirs.values()] == [
         (p.name, p.kind, p.default) for p in list(ours.values())[: len(theirs)]
     ]
+
+
+def test_mixed_precision_policy_of_the_class():
+    policy = jmp.get_policy("params=float32,compute=bfloat16,output=float32")
+    x, key = normal(2, 5, 4), jax.random.key(0)
+
+    params = layers.parameters(transformed(hk.MultiHeadAttention).init, key, x, x, x)
+    exact = transformed(hk.MultiHeadAttention).apply(params, key, x, x, x)
+
+    def run(cls):
+        layer = transformed(cls)
+        with hk.mixed_precision.push_policy(cls, policy):
+            traced = jax.make_jaxpr(layer.apply)(params, key, x, x, x)
+            return traced, layer.apply(params, key, x, x, x)
+
+    (traced, ours), (_, theirs) = run(MultiHeadAttention), run(hk.MultiHeadAttention)
+    (attention,) = (e for e in traced.eqns if "custom_vjp" in e.primitive.name)
+    assert {x.aval.dtype for x in attention.invars} == {jnp.dtype(jnp.bfloat16)}
+    closeness.assert_close_to_oracle(ours, exact, theirs)
 
 
 @pytest.mark.long
