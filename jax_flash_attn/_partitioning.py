@@ -139,7 +139,7 @@ def plan(mesh: AnyMesh, arrays: Sequence[Any], roles: Roles) -> Plan:
 
     batch_axes = []
     for n, length in enumerate(batch_shape):
-        wishes = (_mesh_axes(x, n) for x in arrays if x.shape[n] == length)
+        wishes = (mesh_axes(x, n) for x in arrays if x.shape[n] == length)
         batch_axes.append(choose(length, wishes))
         used.update(batch_axes[-1])
 
@@ -147,7 +147,7 @@ def plan(mesh: AnyMesh, arrays: Sequence[Any], roles: Roles) -> Plan:
     ordered = sorted(zip(arrays, roles, strict=True), key=lambda x: x[1].heads == "key")
     heads, heads_k = (_num_heads(arrays, roles, whose) for whose in ("query", "key"))
     heads_k = heads_k or heads
-    head_axes = choose(heads, (_mesh_axes(x, role.heads_axis) for x, role in ordered))
+    head_axes = choose(heads, (mesh_axes(x, role.heads_axis) for x, role in ordered))
     head_axes = next(
         p for p in _prefixes(head_axes) if _uses_whole_heads(mesh, p, heads, heads_k)
     )
@@ -282,7 +282,7 @@ def _split_as_typed(
     return run
 
 
-def _mesh_axes(x: Any, axis: int) -> MeshAxes:
+def mesh_axes(x: Any, axis: int) -> MeshAxes:
     """The mesh axes that split an axis of an array."""
     spec = tuple(getattr(getattr(x, "sharding", None), "spec", ()))
     entries = (*spec, *[None] * (len(x.shape) - len(spec)))

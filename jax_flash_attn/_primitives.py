@@ -75,16 +75,44 @@ def _with_whole_batch(
     """`x` with every batch axis as long, and as sharded, as in the operand that has it.
 
     For abstract values alone: the values are no use.
+
+    Raises:
+        ValueError: the operand that has it splits it over a mesh axis that splits
+            another axis of `x`.
     """
     for axis, length in enumerate(_shapes.batch_shape(x, role)):
         for other, other_role in others:
             if length == 1 and _shapes.batch_shape(other, other_role)[axis] != 1:
                 rest = [n for n in range(other.ndim) if n != axis]
                 along = other.sum(axis=rest).astype(x.dtype)
+                _refuse_axis_used_twice(x, role, along, axis)
                 behind = [1] * (x.ndim - axis - 1)
                 x = x * along.reshape(*[1] * axis, along.shape[0], *behind)
                 break
     return x
+
+
+def _refuse_axis_used_twice(
+    x: jax.Array, role: _shapes.Role, along: jax.Array, axis: int
+) -> None:
+    """Refuses what no type can say: two axes of a result over one mesh axis."""
+    for n in range(x.ndim):
+        given = _partitioning.mesh_axes(jax.typeof(x), n)
+        for name in _partitioning.mesh_axes(jax.typeof(along), 0):
+            if name in given:
+                raise ValueError(
+                    f"mesh axis {name!r} splits both {_axis_name(x, role, axis)} of "
+                    f"one operand and {_axis_name(x, role, n)} of another, and out or "
+                    "a gradient has both axes: split one of the two over another mesh "
+                    "axis, or over none (jax.sharding.reshard)."
+                )
+
+
+def _axis_name(x: jax.Array, role: _shapes.Role, axis: int) -> str:
+    last = len(_shapes.batch_shape(x, role)) - 1
+    if axis <= last:
+        return "the batch" if axis == last else "the mapped axis"
+    return "the heads" if axis == x.ndim + role.heads_axis else f"axis {axis}"
 
 
 def _forward_like(*flat: jax.Array, spec: _spec.AttentionSpec) -> list[jax.Array]:

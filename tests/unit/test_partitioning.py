@@ -234,6 +234,45 @@ def test_vmap(mapped, mapped_split, rest_split, axis_type):
     assert_each_right(results, mapped)
 
 
+@pytest.mark.parametrize(
+    ("mapped_split", "rest", "text"),
+    [
+        pytest.param(
+            "data",
+            Spec("data"),
+            "mesh axis 'data' splits both the mapped axis of one operand and the batch",
+            id="batch",
+        ),
+        pytest.param(
+            "model",
+            Spec(None, None, "model"),
+            "mesh axis 'model' splits both the mapped axis of one operand and the head",
+            id="heads",
+        ),
+    ],
+)
+def test_mesh_axis_that_splits_two_axes_of_a_gradient(mapped_split, rest, text):
+    """Auto axes have no types that would have to say it."""
+    mesh = Split().make_mesh(EXPLICIT, jax.devices("cpu"))
+    arrays = inputs.make(CASE)
+    q = jnp.stack([arrays["q"]] * 4)
+
+    def gradients(q, k, v):
+        def loss(q, k, v):
+            attend = calls.attention(CASE)
+            return jax.vmap(lambda q: attend(q, k, v)[0])(q).sum()
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    with pytest.raises(ValueError, match=text):
+        partitioning.compile_and_run(
+            gradients,
+            [q, arrays["k"], arrays["v"]],
+            [Spec(mapped_split), rest, rest],
+            mesh,
+        )
+
+
 @pytest.mark.parametrize("transform", ["scan", "checkpoint", "shard_map", "some_axes"])
 def test_transform(transform):
     """`some_axes`: shard_map over one mesh axis, XLA splits over the other."""
