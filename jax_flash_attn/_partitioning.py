@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -109,7 +110,7 @@ class Plan(NamedTuple):
         if not self.shared_axes:
             return x
         first, count = self._used_key_heads()
-        part = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        part = x.astype(np.promote_types(x.dtype, np.float32))
         whole = self.heads_k // _size(self.mesh, self.key_axes)
         if count != whole:
             zeros = jnp.zeros((*x.shape[:-2], whole, x.shape[-1]), part.dtype)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_flash_attn import _arguments, _shapes, _spec, _support, _vjp, dense
 from jax_flash_attn._primitives import Operands
@@ -493,9 +494,12 @@ def _with_dense_arrays(
     query, key, value = operands.qkv
     *batch, seqlen_q, heads, _ = query.shape
     seqlen_k = key.shape[-3]
+    # As many axes as the scores: JAX may be told to promote no ranks.
+    unit = (1,) * (len(batch) + 1)
     offset = jnp.arange(seqlen_k)[None, :] - jnp.arange(seqlen_q)[:, None]
+    offset = offset.reshape(*unit, seqlen_q, seqlen_k)
     diagonal = spec.diagonal(seqlen_q, seqlen_k)
-    visible = jnp.ones((seqlen_q, seqlen_k), bool)[None, None]
+    visible = jnp.ones(offset.shape, bool)
     if spec.window_left >= 0:
         visible &= offset >= diagonal - spec.window_left
     if spec.window_right >= 0:
@@ -507,7 +511,7 @@ def _with_dense_arrays(
         visible &= mask
     shift = None
     if operands.slopes is not None:
-        dtype = jnp.promote_types(query.dtype, jnp.float32)
+        dtype = np.promote_types(query.dtype, np.float32)
         slopes = jax.lax.stop_gradient(operands.slopes)[..., None, None].astype(dtype)
         distance = jnp.abs(offset - (seqlen_k - seqlen_q))
         # Counted from the nearest visible key: in a decode cache that is far away, and
@@ -516,7 +520,7 @@ def _with_dense_arrays(
         nearest = nearest.min(axis=-1, keepdims=True)
         shift = (slopes * nearest.astype(dtype))[..., 0]
         alibi = -slopes * (distance - nearest).astype(dtype)
-        bias = alibi if bias is None else bias + alibi
+        bias = alibi if bias is None else bias.astype(dtype) + alibi
     out, lse = dense.attention(
         query,
         key,

@@ -303,9 +303,10 @@ def _scores(
 
 
 def _indices(problem: _Problem, tile: _Tile) -> tuple[jax.Array, jax.Array]:
-    shape = (problem.tile_q, problem.tile_k)
-    i = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + tile.row
-    j = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + tile.col
+    # As many axes as the scores: JAX may be told to promote no ranks.
+    shape = (1, 1, 1, problem.tile_q, problem.tile_k)
+    i = jax.lax.broadcasted_iota(jnp.int32, shape, 3) + tile.row
+    j = jax.lax.broadcasted_iota(jnp.int32, shape, 4) + tile.col
     return i, j
 
 

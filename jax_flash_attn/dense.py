@@ -6,6 +6,7 @@ them.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_flash_attn import dropout
 
@@ -41,7 +42,8 @@ def attention(
     Returns:
         out, (..., Sq, H, D) in the dtype of q, and lse, (..., H, Sq).
     """
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    # JAX's own would raise where it is told to promote no dtypes.
+    dtype = np.promote_types(q.dtype, np.float32)
     *batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, heads_k = k.shape[-3:-1]
     grouped = q.reshape(*batch, seqlen_q, heads_k, heads // heads_k, head_dim)

@@ -102,8 +102,10 @@ def keep_mask(
     """
     row_tile, num_row_tiles, row_offset = _covering_tiles(row_start, seqlen_q)
     col_tile, num_col_tiles, col_offset = _covering_tiles(col_start, seqlen_k)
-    counter_rows = _counters(row_tile, num_row_tiles)[:, None]
-    counter_cols = _counters(col_tile, num_col_tiles)[None, :]
+    # As many axes as the result: JAX may be told to promote no ranks.
+    unit = (1,) * (dropout_keys.ndim - 1)
+    counter_rows = _counters(row_tile, num_row_tiles).reshape(*unit, -1, 1)
+    counter_cols = _counters(col_tile, num_col_tiles).reshape(*unit, 1, -1)
     zero = jnp.uint32(0)
     key = (dropout_keys[..., 0, None, None], dropout_keys[..., 1, None, None])
     words = philox4x32_7((counter_rows, counter_cols, zero, zero), key)
@@ -128,7 +130,8 @@ def _spread(keep: list[jax.Array], num_row_tiles: int, num_col_tiles: int) -> ja
     packed = packed.reshape(
         *lead, num_row_tiles, 1, _SUBTILE, num_col_tiles, 1, _SUBTILE
     )
-    word = jax.lax.iota(jnp.uint8, 4).reshape(2, 1, 1, 2, 1)
+    unit = (1,) * (len(lead) + 1)
+    word = jax.lax.iota(jnp.uint8, 4).reshape(*unit, 2, 1, 1, 2, 1)
     bits = (packed >> word) & jnp.uint8(1)
     shape = (*lead, num_row_tiles * _TILE, num_col_tiles * _TILE)
     return bits.astype(jnp.bool_).reshape(shape)

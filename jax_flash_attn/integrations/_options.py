@@ -76,7 +76,7 @@ class Options:
         """
         named = {"query": query, "key": key, "value": value}
         _check_batch(named)
-        mask = None if mask is None else jnp.asarray(mask) != 0
+        mask = None if mask is None else jnp.asarray(mask).astype(bool)
         self._refuse_window_of_cache(query, key, mask)
         head_dim, value_dim = query.shape[-1], value.shape[-1]
         widest = max(head_dim, value_dim)

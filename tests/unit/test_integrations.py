@@ -1,5 +1,6 @@
 """What the integrations share: imports, options, arrays that no kernel reads."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -108,6 +109,42 @@ def check_options(dense, dtype):
     results = calls.jit(with_gradients)(*operands)
     without_dlse = {**arrays, "dlse": jnp.zeros_like(arrays["dlse"])}
     oracle.check(results, oracle.of(case, without_dlse), names)
+
+
+STRICT = {
+    "dtypes": functools.partial(jax.numpy_dtype_promotion, "strict"),
+    "ranks": functools.partial(jax.numpy_rank_promotion, "raise"),
+}
+
+
+@pytest.mark.parametrize("strict", STRICT.values(), ids=STRICT)
+@pytest.mark.parametrize("seqlen", [24, 600], ids=["one_tile", "many_tiles"])
+@pytest.mark.parametrize("dense", [(), ("bias", "mask")], ids=["kernel", "dense"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_is_promoted_silently(dtype, dense, seqlen, strict):
+    options = Options(
+        causal=True, window_size=(9, -1), softcap=2.0, alibi_slopes=[0.1] * 4
+    )
+    q, k = (heads(n, num_heads=h, batch=(2, 1)) for n, h in ((24, 4), (seqlen, 2)))
+    q, k = q.astype(dtype), k.astype(dtype)
+    arrays = {
+        "bias": jnp.ones((2, 1, 1, 24, seqlen), dtype),
+        "mask": jnp.ones((1, 1, 1, 1, seqlen), bool),
+    }
+
+    def loss(q, k):
+        out = options.attend(
+            q,
+            k,
+            k,
+            **{name: arrays[name] for name in dense},
+            dropout_p=0.2,
+            dropout_rng=jax.random.key(0),
+        )
+        return out.sum()
+
+    with strict():
+        jax.jit(jax.grad(loss, (0, 1))).lower(q, k)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 1, 5, 7), (2, 4, 5, 7), (7,)])
