@@ -84,8 +84,6 @@ StatusOr<jfa::Sm90BackwardParams> sm90_params(const BackwardCall& call,
   params.backward = backward;
   const auto fill = [&](jfa::TensorMap& map, const jfa::TensorView& view, std::int64_t seqlen,
                         std::int64_t heads, int rows) {
-    // A map of nothing can't be made, and none is used.
-    if (seqlen == 0) return Status();
     return fill_tensor_map(map, view, seqlen, heads, shape.head_dim, rows);
   };
   JFA_RETURN_IF_ERROR(fill(params.q, call.q, shape.seqlen_q, shape.heads, specialization.tile_q));

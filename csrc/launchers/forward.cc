@@ -57,12 +57,10 @@ Status run_sm90(const ForwardCall& call, const ForwardPlan& plan, const jfa::For
   params.forward = forward;
   JFA_RETURN_IF_ERROR(fill_tensor_map(params.q, call.q, shape.seqlen_q, shape.heads, shape.head_dim,
                                       specialization.tile_q));
-  if (shape.seqlen_k > 0) {  // a map of nothing can't be made, and none is used
-    JFA_RETURN_IF_ERROR(fill_tensor_map(params.k, call.k, shape.seqlen_k, shape.heads_k,
-                                        shape.head_dim, specialization.tile_k));
-    JFA_RETURN_IF_ERROR(fill_tensor_map(params.v, call.v, shape.seqlen_k, shape.heads_k,
-                                        shape.head_dim, specialization.tile_k));
-  }
+  JFA_RETURN_IF_ERROR(fill_tensor_map(params.k, call.k, shape.seqlen_k, shape.heads_k,
+                                      shape.head_dim, specialization.tile_k));
+  JFA_RETURN_IF_ERROR(fill_tensor_map(params.v, call.v, shape.seqlen_k, shape.heads_k,
+                                      shape.head_dim, specialization.tile_k));
   const std::int64_t group = shape.heads / shape.heads_k;
   const std::int64_t key_bytes = std::max<std::int64_t>(1, 4 * shape.seqlen_k * shape.head_dim);
   params.query_tiles = static_cast<int>(query_tiles);

@@ -10,6 +10,7 @@ using runtime::Status;
 
 Status fill_tensor_map(jfa::TensorMap& map, const jfa::TensorView& view, std::int64_t seqlen,
                        std::int64_t heads, std::int64_t head_dim, int rows) {
+  if (seqlen == 0) return Status();
   const auto bytes = [](long long elements) { return static_cast<std::uint64_t>(elements) * 2; };
   JFA_ASSIGN_OR_RETURN(
       const runtime::CUtensorMap encoded,

@@ -11,7 +11,8 @@
 namespace jax_flash_attn::launchers {
 
 // Boxes of 64 columns x `rows` rows of a tensor, one head of one batch entry at a time.
-// Needs: no extent is 0.
+// Of a tensor without rows no map can be made, and none is used: it stays as it is.
+// Needs: no other extent is 0.
 runtime::Status fill_tensor_map(jfa::TensorMap& map, const jfa::TensorView& view,
                                 std::int64_t seqlen, std::int64_t heads, std::int64_t head_dim,
                                 int rows);

@@ -11,25 +11,13 @@ from jax.sharding import PartitionSpec as Spec
 
 from jax_flash_attn.integrations._options import Options
 from tests.support import inputs, oracle, partitioning
-from tests.support.cases import Case
 from tests.support.partitioning import Split
+from tests.support.programs import CASE
 
 pytestmark = pytest.mark.core
 
 BATCH = (4, 2)
 
-CASE = Case(
-    "batch_axes",
-    "a batch of two axes, and heads for a mesh axis",
-    batch=8,
-    seqlen_q=10,
-    seqlen_k=10,
-    heads=4,
-    heads_k=2,
-    head_dim=16,
-    dtype="float32",
-    causal=True,
-)
 EVERYTHING = dataclasses.replace(CASE, alibi="h", dropout_p=0.3)
 
 DENSE = {

@@ -9,23 +9,11 @@ from jax.sharding import PartitionSpec as Spec
 
 import jax_flash_attn
 from tests.support import calls, layered, partitioning
-from tests.support.cases import Case
 from tests.support.partitioning import Split
+from tests.support.programs import CASE
 
 pytestmark = pytest.mark.core
 
-CASE = Case(
-    "layers",
-    "two batch entries and a group of heads for each device",
-    batch=8,
-    seqlen_q=10,
-    seqlen_k=10,
-    heads=4,
-    heads_k=2,
-    head_dim=16,
-    dtype="float32",
-    causal=True,
-)
 SPLIT = Split(batch="data", heads="model", heads_k="model")
 X, KV = Spec("data", None, "model"), Spec(None, "data", None, "model")
 SPECS = (X, KV, KV, X)

@@ -128,8 +128,8 @@ __device__ __forceinline__ void consume_backward(
   int dscores_stage = 0;
 
   const auto start_scores = [&] {
-    tile::start_row_product<Element, Shapes::kHeadDimSteps>(scores, k_rows, 0, q_rows,
-                                                            query_at.stage() * QueryTile::kBytes);
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
+        scores, k_rows, 0, q_rows, query_at.stage() * QueryTile::kBytes);
   };
   const auto statistics = [&](int offset, int stage) {
     return reinterpret_cast<const float*>(shared + offset + stage * Shapes::kStatisticsBytes);
@@ -155,8 +155,8 @@ __device__ __forceinline__ void consume_backward(
   };
 
   const auto start_dprobs = [&] {
-    tile::start_row_product<Element, Shapes::kHeadDimSteps>(dprobs, v_rows, 0, dout_rows,
-                                                            dout_at.stage() * QueryTile::kBytes);
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(dprobs, v_rows, 0, dout_rows,
+                                                               dout_at.stage() * QueryTile::kBytes);
   };
   // dq of the step whose dscores lie in a stage, and the addition of it once it has come.
   typename Shapes::template QueryGradient<kConsumer> dq;

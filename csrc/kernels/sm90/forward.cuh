@@ -271,7 +271,7 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
   typename Shapes::KeyPosition key;
   typename Shapes::ValuePosition value;
   const auto start_scores = [&] {
-    tile::start_row_product<Element, Shapes::kHeadDimSteps>(
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
         scores, q_rows, query.stage() * QueryTile::kBytes, k_rows, key.stage() * KeyTile::kBytes);
   };
   const auto release_key = [&] {

@@ -100,10 +100,8 @@ template <class Config>
 struct Consumer {
   using Shapes = WideBackwardShapes<Config>;
   using Element = typename Config::Element;
-  using QueryTile = typename Shapes::QueryTile;
   using KeyTile = typename Shapes::KeyTile;
   using DscoresTile = typename Shapes::DscoresTile;
-  using Scores = typename Shapes::Scores;
   using Step = typename BackwardWalk<Config>::Step;
 
   const Sm90BackwardParams& params;
@@ -201,7 +199,7 @@ __device__ __forceinline__ void consume_probs(Consumer<Config> self) {
   typename Shapes::Scores scores;
   const auto start_scores = [&] {
     stages.query.wait_full(self.query_at);
-    tile::start_row_product<Element, Shapes::kHeadDimSteps>(
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
         scores, k_rows, 0, q_rows, self.query_at.stage() * QueryTile::kBytes);
   };
 
@@ -305,7 +303,7 @@ __device__ __forceinline__ void consume_dscores(Consumer<Config> self) {
   typename Shapes::Scores dprobs;
   const auto start_dprobs = [&] {
     stages.dout.wait_full(self.dout_at);
-    tile::start_row_product<Element, Shapes::kHeadDimSteps>(
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
         dprobs, v_rows, 0, dout_rows, self.dout_at.stage() * QueryTile::kBytes);
   };
 

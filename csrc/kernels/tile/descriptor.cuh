@@ -18,6 +18,7 @@ constexpr unsigned kDescriptorHigh = (1u << 30) | (1024 >> 4);
 // A SharedTile as an operand whose rows run along M or N, and whose columns are summed over.
 template <class Tile>
 struct RowDescriptor {
+  static constexpr bool kRowsSummed = false;
   unsigned low;
 
   // first_row: a multiple of 8.
@@ -35,6 +36,7 @@ struct RowDescriptor {
 // A SharedTile as an operand whose rows are summed over, and whose columns run along M or N.
 template <class Tile>
 struct ColumnDescriptor {
+  static constexpr bool kRowsSummed = true;
   unsigned low;
 
   __device__ __forceinline__ explicit ColumnDescriptor(unsigned tile)
@@ -47,32 +49,18 @@ struct ColumnDescriptor {
   }
 };
 
-// Starts acc = A * B^T, over the first 16 * kSteps columns of both tiles, as one batch.
+// Starts acc = A * B over 16 * kSteps elements of what is summed, as one batch. The rows of A run
+// along M; B is a RowDescriptor, whose rows run along N, or a ColumnDescriptor, whose columns do.
 // Threads: a whole warpgroup, warp-uniform arguments.
-template <class Element, int kSteps, class Acc, class TileA, class TileB>
-__device__ __forceinline__ void start_row_product(Acc& acc, const RowDescriptor<TileA>& a,
-                                                  unsigned a_offset, const RowDescriptor<TileB>& b,
-                                                  unsigned b_offset) {
+template <class Element, int kSteps, class Acc, class TileA, class DescriptorB>
+__device__ __forceinline__ void start_shared_product(Acc& acc, const RowDescriptor<TileA>& a,
+                                                     unsigned a_offset, const DescriptorB& b,
+                                                     unsigned b_offset) {
   static_assert(Acc::kRowTiles == 1, "a warp of a warpgroup holds one 16-row block");
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
-    ptx::Wgmma<Element, Acc::kColumnTiles * 8>::template multiply<false>(
-        acc.values[0], a.at(a_offset, step), b.at(b_offset, step), step > 0);
-  ptx::wgmma_commit();
-}
-
-// Starts acc = A * B, over the first 16 * kSteps columns of A and rows of B, as one batch.
-// Threads: a whole warpgroup, warp-uniform arguments.
-template <class Element, int kSteps, class Acc, class TileA, class TileB>
-__device__ __forceinline__ void start_shared_product(Acc& acc, const RowDescriptor<TileA>& a,
-                                                     unsigned a_offset,
-                                                     const ColumnDescriptor<TileB>& b,
-                                                     unsigned b_offset) {
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step)
-    ptx::Wgmma<Element, Acc::kColumnTiles * 8>::template multiply<true>(
+    ptx::Wgmma<Element, Acc::kColumnTiles * 8>::template multiply<DescriptorB::kRowsSummed>(
         acc.values[0], a.at(a_offset, step), b.at(b_offset, step), step > 0);
   ptx::wgmma_commit();
 }
