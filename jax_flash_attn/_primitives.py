@@ -261,10 +261,10 @@ def _register(
 
     def differentiate_again(*_: Any, **__: Any) -> Any:
         raise NotImplementedError(
-            "flash attention is differentiated by a rule for reverse mode that can't "
-            "be differentiated itself: second derivatives and forward mode (jax.jvp, "
-            "jax.hessian) need jax_flash_attn.reference.attention, or "
-            'jax.nn.dot_product_attention with implementation="xla".'
+            "the gradient of flash attention can't be differentiated again: for second "
+            "derivatives (jax.hessian, jax.grad of jax.grad) use "
+            "jax_flash_attn.reference.attention or jax.nn.dot_product_attention with "
+            'implementation="xla", which have forward mode (jax.jvp) as well.'
         )
 
     primitive.def_abstract_eval(abstract_eval)

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jax_flash_attn
+from jax_flash_attn import reference
 from tests.support import calls, closeness, inputs, oracle, transforms
 from tests.support.cases import Case
 
@@ -92,6 +93,46 @@ def test_packed_calls_read_and_write_one_buffer(packing):
     )
     assert backward.invars[: len(operands)] == jaxpr.invars
     assert backward.outvars == jaxpr.outvars
+
+
+def test_forward_mode_raises():
+    q = jnp.ones((1, 3, 2, 8))
+
+    def attend(q):
+        return jax_flash_attn.flash_attn_func(q, q, q)
+
+    def linearized(q):
+        return jax.linearize(attend, q)[1](q)
+
+    forward = (lambda q: jax.jvp(attend, (q,), (q,)), jax.jacfwd(attend), linearized)
+    for differentiate in forward:
+        with pytest.raises(TypeError, match="custom_vjp"):
+            differentiate(q)
+
+
+def test_what_errors_name_for_other_derivatives_has_them():
+    """The reference beside jax.nn, both in forward mode and differentiated twice."""
+    random = np.random.default_rng(0)
+    q, k = (random.standard_normal((1, n, 2, 4)).astype("f4") for n in (2, 3))
+
+    def plain(q):
+        return jax.nn.dot_product_attention(
+            q, k.astype(q.dtype), k.astype(q.dtype), implementation="xla"
+        )
+
+    def through_the_reference(q):
+        spec = jax_flash_attn.explain(q, k, k).spec
+        return reference.attention(q, k, k, spec=spec)[0]
+
+    def derivatives(attend, q):
+        hessian = jax.hessian(lambda q: (attend(q) ** 2).sum())(q)
+        return {"jvp": jax.jvp(attend, (q,), (jnp.cos(q),))[1], "hessian": hessian}
+
+    ours, naive = derivatives(through_the_reference, q), derivatives(plain, q)
+    with jax.enable_x64(True):
+        exact = derivatives(plain, q.astype(np.float64))
+    for name, actual in ours.items():
+        closeness.assert_close_to_oracle(actual, exact[name], naive[name], what=name)
 
 
 NUM_DEVICES = 8
