@@ -17,15 +17,21 @@ from jax_flash_attn import _shapes, _spec, dropout
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 _FLOAT32 = np.finfo(np.float32)
+_IN_PLACE_OF_TRACED = {
+    "softmax_scale": "Multiply q by it instead.",
+    "scale": "Multiply query by it instead.",
+    "alibi_slopes": "Pass Python floats or a NumPy array.",
+}
 IMPLEMENTATIONS = ("auto", "cuda", "jax")
 
 
 def arrays(**given: Any) -> dict[str, jax.Array]:
     """The named arguments as JAX arrays; refuses what is none."""
-    return {name: _array(value, name) for name, value in given.items()}
+    return {name: array(value, name) for name, value in given.items()}
 
 
-def _array(value: Any, name: str) -> jax.Array:
+def array(value: Any, name: str) -> jax.Array:
+    """A named argument as a JAX array; refuses what is none."""
     if value is not None:
         with contextlib.suppress(TypeError, ValueError):
             return jnp.asarray(value)
@@ -99,9 +105,10 @@ def _check_ranks(named: Mapping[str, _shapes.Shaped], packing: _spec.Packing) ->
 def static_number(value: Any, name: str) -> float:
     """A finite Python float; refuses what is only known at run time."""
     if isinstance(value, jax.core.Tracer):
+        remedy = _IN_PLACE_OF_TRACED.get(name, "Pass a Python or NumPy number.")
         raise TypeError(
             f"{name} must be a Python number, known when the program is traced, got "
-            f"a traced value {value}. Multiply q by it instead, or close over it."
+            f"a traced value {value}. {remedy}"
         )
     if isinstance(value, np.ndarray | jax.Array) and value.ndim == 0:
         value = value.item()
@@ -200,54 +207,61 @@ def slopes(value: Any, batch: int, heads: int) -> jax.Array | None:
     """ALiBi slopes as (1 or batch, heads) float32, or None."""
     if value is None:
         return None
-    array = _array(value, "alibi_slopes")
-    if array.shape not in ((heads,), (batch, heads)):
+    given = array(value, "alibi_slopes")
+    if given.shape not in ((heads,), (batch, heads)):
         raise ValueError(
             f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), got "
-            f"{array.shape}."
+            f"{given.shape}."
         )
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"alibi_slopes must be floats, got {array.dtype}.")
-    return jnp.atleast_2d(array.astype(jnp.float32))
+    if not jnp.issubdtype(given.dtype, jnp.floating):
+        raise TypeError(f"alibi_slopes must be floats, got {given.dtype}.")
+    return jnp.atleast_2d(given.astype(jnp.float32))
 
 
 def dropout_keys(value: Any, p: float, batch: int, heads: int) -> jax.Array | None:
     """One Philox key per (batch, head), (batch, heads, 2) uint32, or None."""
     if p == 0.0:
         return None
-    array = _array(value, "dropout_rng")
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        if array.ndim != 0:
+    given = array(value, "dropout_rng")
+    if jnp.issubdtype(given.dtype, jax.dtypes.prng_key):
+        if given.ndim != 0:
             raise ValueError(
                 f"dropout_rng must be one PRNG key, got an array of keys of shape "
-                f"{array.shape}."
+                f"{given.shape}."
             )
-    elif array.dtype != jnp.uint32 or array.ndim != 1 or array.size == 0:
+    elif given.dtype != jnp.uint32 or given.ndim != 1 or given.size == 0:
         raise TypeError(
             "dropout_rng must be a JAX PRNG key (jax.random.key, or raw uint32 key "
-            f"data of rank 1), got {array.dtype} of shape {array.shape}."
+            f"data of rank 1), got {given.dtype} of shape {given.shape}."
         )
-    return dropout.philox_keys(array, batch, heads)
+    return dropout.philox_keys(given, batch, heads)
 
 
 def dense(value: Any, name: str, scores: tuple[int, ...]) -> jax.Array | None:
     """A bias or a mask with the rank of the scores, (..., H, Sq, Sk), or None."""
     if value is None:
         return None
-    array = _array(value, name)
+    given = array(value, name)
     right = jnp.bool_ if name == "mask" else jnp.floating
-    if not jnp.issubdtype(array.dtype, right):
+    if not jnp.issubdtype(given.dtype, right):
         kind = "bools" if name == "mask" else "floats"
-        raise TypeError(f"{name} must be {kind}, got {array.dtype}.")
-    shape = (1,) * (len(scores) - array.ndim) + array.shape
+        raise TypeError(f"{name} must be {kind}, got {given.dtype}.")
+    return given.reshape(dense_shape(given.shape, name, scores))
+
+
+def dense_shape(
+    given: tuple[int, ...], name: str, scores: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The shape of a bias or a mask with as many axes as the scores have."""
+    shape = (1,) * (len(scores) - len(given)) + given
     if len(shape) != len(scores) or any(
         length not in (1, full) for length, full in zip(shape, scores, strict=True)
     ):
         raise ValueError(
             f"{name} must be broadcastable to (batch, heads, seqlen_q, seqlen_k), "
-            f"{scores}, got shape {array.shape}."
+            f"{scores}, got shape {given}."
         )
-    return array.reshape(shape)
+    return shape
 
 
 def implementation(value: Any) -> _spec.Implementation:

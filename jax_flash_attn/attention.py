@@ -240,8 +240,8 @@ def dot_product_attention(
         query: (batch, seqlen_q, heads, head_dim), or without the batch.
         key: (batch, seqlen_k, heads_k, head_dim), or without the batch.
         value: The shape of key.
-        bias: Added to the scores; broadcastable to (batch, heads, seqlen_q, seqlen_k).
-            Takes the JAX path and quadratic memory, with a warning on a GPU.
+        bias: Floats added to the scores; broadcastable to (batch, heads, seqlen_q,
+            seqlen_k). Takes the JAX path and quadratic memory, with a warning on a GPU.
         mask: True where a query sees a key; broadcastable likewise, and likewise on
             the JAX path.
         scale: Finite Python float; 1 / sqrt(head_dim) by default.

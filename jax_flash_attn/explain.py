@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jax_flash_attn import _ffi, _spec, _support
+from jax_flash_attn import _arguments, _ffi, _spec, _support
 from jax_flash_attn.attention import canonicalize, dense_obstacle
 
 
@@ -62,9 +63,9 @@ def explain(
         v: Values, likewise.
         architecture: Explain for this architecture ("sm_90") instead of the first CUDA
             device.
-        bias: Explain a call that passes a bias array, to `dot_product_attention` or to
-            a layer of `jax_flash_attn.integrations`.
-        mask: Likewise, a mask array.
+        bias: Explain a call that passes this bias, an array or a shape and dtype, to
+            `dot_product_attention` or to a layer of `jax_flash_attn.integrations`.
+        mask: Likewise, a mask.
         **arguments: Those of `flash_attn_func`.
 
     Returns:
@@ -90,6 +91,11 @@ def explain(
 
     jax.eval_shape(canonical, *structs.values())
     spec, chosen = found["spec"], found["chosen"]
+    (batch, seqlen_q, heads, _), seqlen_k = structs["q"].shape, structs["k"].shape[1]
+    for name, array in {"bias": bias, "mask": mask}.items():
+        if array is not None:
+            scores = (batch, heads, seqlen_q, seqlen_k)
+            _arguments.dense_shape(np.shape(array), name, scores)
     head_dim = structs["q"].shape[-1]
     padded = _support.padded_head_dim(head_dim)
     dtype = structs["q"].dtype

@@ -74,9 +74,11 @@ class Options:
             top_left: Aligns causal and the window top-left.
             causal: Limits the keys as if the layer had been made with causal=True.
         """
-        named = {"query": query, "key": key, "value": value}
+        named = _arguments.arrays(query=query, key=key, value=value)
+        query, key, value = named.values()
         _check_batch(named)
-        mask = None if mask is None else jnp.asarray(mask).astype(bool)
+        if mask is not None:
+            mask = _arguments.array(mask, "mask").astype(bool)
         self._refuse_window_of_cache(query, key, mask)
         head_dim, value_dim = query.shape[-1], value.shape[-1]
         widest = max(head_dim, value_dim)

@@ -87,6 +87,9 @@ def multihead_attention(
         deterministic_gradients=deterministic_gradients,
         implementation=implementation,
     )
+    named = _arguments.arrays(query=query, key_=key_, value=value)
+    query, key_, value = named.values()
+    _check_rows(named)
     heads = (
         _project(layer.query_proj, query, layer.num_heads),
         _project(layer.key_proj, key_, layer.num_heads),
@@ -100,15 +103,32 @@ def multihead_attention(
                 f"process_heads must return heads of shapes {shapes}, got "
                 f"{[x.shape for x in heads]}."
             )
-    if mask is not None and mask.ndim not in (2, 3):
-        raise ValueError(
-            "mask must have shape (queries, keys) or (heads, queries, keys), got "
-            f"{mask.shape}."
-        )
+    if mask is not None:
+        mask = _arguments.array(mask, "mask")
+        if mask.ndim not in (2, 3):
+            raise ValueError(
+                "mask must have shape (queries, keys) or (heads, queries, keys), got "
+                f"{mask.shape}."
+            )
     q, k, v = (x.astype(jnp.result_type(*heads)) for x in heads)
     p = _dropout_p(layer.dropout, key, inference)
     out = options.attend(q, k, v, mask=mask, dropout_p=p, dropout_rng=key)
     return jax.vmap(layer.output_proj)(out.reshape(query.shape[0], -1))
+
+
+def _check_rows(named: dict[str, jax.Array]) -> None:
+    for name, x in named.items():
+        if x.ndim != 2:
+            raise ValueError(
+                f"{name} must have shape (length, features), got {x.shape}: jax.vmap "
+                "adds a batch."
+            )
+    length = named["key_"].shape[0]
+    if named["value"].shape[0] != length:
+        raise ValueError(
+            f"value must have the length of key_, {length}, got "
+            f"{named['value'].shape[0]}."
+        )
 
 
 def _project(linear: Any, x: jax.Array, num_heads: int) -> jax.Array:

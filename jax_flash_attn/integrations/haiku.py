@@ -125,11 +125,13 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         q = self._project(query, self.key_size, "query")
         k = self._project(key, self.key_size, "key")
         v = self._project(value, self.value_size, "value")
-        if mask is not None and mask.ndim != query.ndim + 1:
-            raise ValueError(
-                f"mask must have {query.ndim + 1} axes, (..., heads, queries, keys), "
-                f"got shape {mask.shape}."
-            )
+        if mask is not None:
+            mask = _arguments.array(mask, "mask")
+            if mask.ndim != query.ndim + 1:
+                raise ValueError(
+                    f"mask must have {query.ndim + 1} axes, (..., heads, queries, "
+                    f"keys), got shape {mask.shape}."
+                )
         dtype = jnp.result_type(q, k, v)
         rate = _arguments.static_number(dropout_rate, "dropout_rate")
         rng = hk.next_rng_key() if rate > 0 else None

@@ -44,8 +44,9 @@ class AttentionFn(_options.Options):
             query: (..., queries, heads, head_dim).
             key: (..., keys, heads, head_dim).
             value: (..., keys, heads, value_dim).
-            bias: Added to the scores; broadcastable to (..., heads, queries, keys).
-                Takes the JAX path and quadratic memory, with a warning on a GPU.
+            bias: Floats added to the scores; ints are refused. Broadcastable to (...,
+                heads, queries, keys). Takes the JAX path and quadratic memory, with a
+                warning on a GPU.
             mask: Nonzero where a query sees a key; otherwise as bias.
             broadcast_dropout: Not followed: every batch entry and head draws its own
                 mask, as flax does with False.

@@ -186,6 +186,15 @@ def test_traced_static_arguments(name, value):
         jax.jit(call)(value)
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("softmax_scale", "Multiply q by it"), ("softcap", "Pass a Python or NumPy")],
+)
+def test_remedy_for_a_traced_number(name, remedy):
+    with pytest.raises(TypeError, match=named(name, remedy)):
+        jax.jit(lambda traced: plain(**{name: traced}))(0.5)
+
+
 def test_traced_window():
     with pytest.raises(TypeError, match=named("window_size")):
         jax.jit(lambda left: plain(window_size=(left, 0)))(3)

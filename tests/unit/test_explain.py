@@ -118,6 +118,17 @@ def test_wrong_arguments_are_refused_as_by_the_call():
         explain(*structs(), architecture="sm_90", return_attn_probs=True)
 
 
+@pytest.mark.parametrize("name", ["bias", "mask"])
+def test_dense_arrays_have_the_shape_of_the_scores(name):
+    for shape in ((120,), (100, 1), (2, 1, 100, 120)):
+        array = jax.ShapeDtypeStruct(shape, jnp.float32)
+        found = explain(*structs(), architecture="sm_90", **{name: array})
+        assert found.reason == f"a {name} array is passed, which no kernel reads"
+    for shape in ((100,), (3, 1, 1, 120), (1, 2, 4, 100, 120)):
+        with pytest.raises(ValueError, match=f"^{name} must be broadcastable"):
+            explain(*structs(), architecture="sm_90", **{name: jnp.zeros(shape)})
+
+
 @pytest.mark.parametrize("architecture", ["sm_75", "hopper", "", "90"])
 def test_wrong_architecture(architecture):
     with pytest.raises(ValueError, match="architecture must be sm_80 or newer"):

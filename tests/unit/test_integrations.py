@@ -215,6 +215,30 @@ def test_wrong_options_are_refused_when_a_layer_is_made(fields, error, text):
         Options(**fields)
 
 
+def test_traced_slopes_are_refused():
+    text = "alibi_slopes must be a Python number.* Pass Python floats or a NumPy array"
+    for slopes in (lambda s: s, lambda s: [s[0], 0.5]):
+        with pytest.raises(TypeError, match=text):
+            jax.eval_shape(
+                lambda s, make=slopes: Options(alibi_slopes=make(s)), jnp.ones(2)
+            )
+
+
+def test_dense_arrays_may_be_lists():
+    q, k = heads(5), heads(3, seed=1)
+    bias, mask = [0.5, 0.25, 0.0], [[True, True, False]]
+
+    def theirs(q, k):
+        added = jnp.asarray(bias, q.dtype)[None, None, None]
+        return jax.nn.dot_product_attention(
+            q, k, k, added, jnp.asarray(mask)[None, None]
+        )
+
+    layers.assert_equal(
+        lambda q, k: Options().attend(q, k, k, bias, mask), theirs, (q, k)
+    )
+
+
 @pytest.mark.parametrize(
     ("arrays", "error", "text"),
     [
@@ -225,6 +249,9 @@ def test_wrong_options_are_refused_when_a_layer_is_made(fields, error, text):
         ({"mask": jnp.ones((3, 1, 5, 7))}, ValueError, "mask must be broadcastable"),
         ({"bias": jnp.ones((5, 6))}, ValueError, "bias must be broadcastable"),
         ({"bias": jnp.ones((5, 7), int)}, TypeError, "bias must be floats"),
+        ({"query": None}, TypeError, "query must be an array"),
+        ({"mask": "causal"}, TypeError, "mask must be an array"),
+        ({"bias": object()}, TypeError, "bias must be an array"),
     ],
 )
 def test_wrong_arrays_are_refused_by_name(arrays, error, text):

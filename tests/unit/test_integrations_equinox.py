@@ -113,6 +113,24 @@ def test_what_cannot_be_done_is_refused(options, call, error, text):
         attend(layer, x, x, x, **call)
 
 
+@pytest.mark.parametrize(
+    ("arrays", "error", "text"),
+    [
+        ({"query": normal(2, 5, 6)}, ValueError, r"query must have shape.*\(2, 5, 6\)"),
+        ({"key_": normal(2, 7, 6)}, ValueError, "key_ must have shape.*jax.vmap adds"),
+        ({"value": normal(6)}, ValueError, "value must have shape"),
+        ({"value": normal(5, 6)}, ValueError, "value must have the length of key_, 7"),
+        ({"query": None}, TypeError, "query must be an array"),
+        ({"mask": "causal"}, TypeError, "mask must be an array"),
+    ],
+    ids=["query", "key_", "value", "length", "none", "mask"],
+)
+def test_wrong_arrays_are_refused_by_name(arrays, error, text):
+    given = {"query": normal(5, 6), "key_": normal(7, 6), "value": normal(7, 6)}
+    with pytest.raises(error, match=text):
+        attend(make(), **{**given, **arrays})
+
+
 def test_another_layer_is_refused():
     with pytest.raises(
         TypeError, match=r"layer must be an eqx\.nn\.MultiheadAttention"

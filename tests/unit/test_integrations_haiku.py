@@ -138,6 +138,7 @@ def test_dropout_draws_from_haikus_keys():
         ({"w_init": None}, {}, ValueError, "weight initializer"),
         ({"window_size": 3}, {}, TypeError, "window_size must be a pair"),
         ({}, {"mask": jnp.ones((5, 5))}, ValueError, "mask must have 4 axes"),
+        ({}, {"mask": "causal"}, TypeError, "mask must be an array"),
         ({}, {"dropout_rate": 1.5}, ValueError, "dropout_rate must be at least 0"),
         (
             {"implementation": "cuda"},
@@ -146,7 +147,7 @@ def test_dropout_draws_from_haikus_keys():
             "a mask array is passed",
         ),
     ],
-    ids=["w_init", "window", "mask", "dropout_rate", "cuda"],
+    ids=["w_init", "window", "mask", "no_mask", "dropout_rate", "cuda"],
 )
 def test_what_cannot_be_done_is_refused(options, call, error, text):
     flash = transformed(MultiHeadAttention, options)
