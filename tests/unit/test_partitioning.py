@@ -59,6 +59,20 @@ def variant(**changes):
         pytest.param(
             CASE, Split(WIDE, batch="data", heads="model"), SUM, id="gqa_not_dividing"
         ),
+        pytest.param(
+            variant(
+                heads_k=4, alibi="bh", dropout_p=0.3, softcap=8.0, window_size=(5, 0)
+            ),
+            BOTH,
+            set(),
+            id="everything",
+        ),
+        pytest.param(
+            variant(heads_k=1, alibi="h"),
+            Split(WIDE, batch="data", heads="model"),
+            SUM,
+            id="mqa_slopes",
+        ),
     ],
 )
 def test_mesh(case, split, gradients, axis_type):
@@ -68,14 +82,6 @@ def test_mesh(case, split, gradients, axis_type):
 @pytest.mark.parametrize(
     ("case", "split", "gradients"),
     [
-        pytest.param(
-            variant(
-                heads_k=4, alibi="bh", dropout_p=0.3, softcap=8.0, window_size=(5, 0)
-            ),
-            BOTH,
-            set(),
-            id="everything",
-        ),
         pytest.param(
             CASE, Split(batch=("data", "model")), set(), id="batch_over_two_axes"
         ),
@@ -109,12 +115,6 @@ def test_mesh(case, split, gradients, axis_type):
             set(),
             id="device_has_odd_number_of_groups",
         ),
-        pytest.param(
-            variant(heads_k=1, alibi="h"),
-            Split(WIDE, batch="data", heads="model"),
-            SUM,
-            id="mqa_slopes",
-        ),
     ],
 )
 def test_split(case, split, gradients):
@@ -125,6 +125,7 @@ def test_deterministic():
     partitioning.check(CASE, BOTH, make_mesh(BOTH), deterministic=True)
 
 
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 @pytest.mark.parametrize(
     ("case", "split"),
     [
@@ -137,8 +138,8 @@ def test_deterministic():
         pytest.param(CASE, Split(batch="data", heads="model"), id="query_heads_alone"),
     ],
 )
-def test_what_is_gathered_is_right(case, split):
-    mesh = make_mesh(split)
+def test_what_is_gathered_is_right(case, split, axis_type):
+    mesh = make_mesh(split, axis_type)
     partitioning.check(case, split, mesh, forward=GATHER, gradients=GATHER | SUM)
 
 
