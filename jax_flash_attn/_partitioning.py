@@ -283,6 +283,22 @@ def _split_as_typed(
     return run
 
 
+def repeat_unsplittable_heads(x: jax.Array, q: jax.Array) -> jax.Array:
+    """Keys or values with a head for each query head, where groups can't be split.
+
+    On an Explicit mesh, to group the heads of q is a reshape that keeps their split: it
+    takes mesh axes that divide the number of groups, or one group.
+    """
+    sharding, heads, heads_k = jax.typeof(q).sharding, q.shape[-2], x.shape[-2]
+    split = mesh_axes(jax.typeof(q), q.ndim - 2)
+    if heads_k in (1, heads) or _divides(sharding.mesh, split, heads_k):
+        return x
+    batch = [mesh_axes(jax.typeof(x), n) or None for n in range(x.ndim - 3)]
+    spec = PartitionSpec(*batch, None, split, None)
+    x = jnp.repeat(x, heads // heads_k, axis=-2)
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+
+
 def mesh_axes(x: Any, axis: int) -> MeshAxes:
     """The mesh axes that split an axis of an array."""
     spec = tuple(getattr(getattr(x, "sharding", None), "spec", ()))

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash_attn import _arguments, _shapes, _spec, _support, _vjp, dense
+from jax_flash_attn import (
+    _arguments,
+    _partitioning,
+    _shapes,
+    _spec,
+    _support,
+    _vjp,
+    dense,
+)
 from jax_flash_attn._primitives import Operands
 
 Result = jax.Array | tuple[jax.Array, jax.Array]
@@ -523,8 +531,8 @@ def _with_dense_arrays(
         bias = alibi if bias is None else bias.astype(dtype) + alibi
     out, lse = dense.attention(
         query,
-        key,
-        value,
+        _partitioning.repeat_unsplittable_heads(key, query),
+        _partitioning.repeat_unsplittable_heads(value, query),
         bias,
         visible,
         softmax_scale=spec.softmax_scale,

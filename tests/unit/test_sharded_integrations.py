@@ -17,6 +17,7 @@ from tests.support.programs import CASE
 pytestmark = pytest.mark.core
 
 BATCH = (4, 2)
+MESH = (("data", 4), ("model", 2))
 
 EVERYTHING = dataclasses.replace(CASE, alibi="h", dropout_p=0.3)
 
@@ -50,6 +51,32 @@ def on_cpu():
 )
 def test_batch_axes_stay_apart(case, spec, dense, axis_type):
     """And dropout draws what it draws for the one axis that they would merge into."""
+    assert check(case, BATCH, spec, spec, dense, axis_type) == set()
+
+
+@pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
+)
+@pytest.mark.parametrize(
+    ("heads", "heads_k", "mesh"),
+    [
+        pytest.param(6, 3, MESH, id="three_groups_over_two"),
+        pytest.param(8, 2, (("data", 2), ("model", 4)), id="two_groups_over_four"),
+        pytest.param(4, 1, MESH, id="one_group_over_two"),
+    ],
+)
+def test_query_heads_split_beside_whole_key_heads(heads, heads_k, mesh, axis_type):
+    """With a dense array: there the types of an Explicit mesh follow every step."""
+    case = dataclasses.replace(EVERYTHING, heads=heads, heads_k=heads_k)
+    queries, keys = Spec("data", None, "model"), Spec("data")
+    dense = {"mask": jnp.ones((8, 1, 1, 10), bool)}
+    found = check(case, (8,), queries, keys, dense, axis_type, mesh)
+    print("FOUND", found)
+    assert found <= {"all-reduce", "all-gather"}
+
+
+def check(case, batch, queries, keys, dense, axis_type, mesh=MESH):
+    """Checks results against the oracle; returns what is communicated."""
     arrays = inputs.make(case)
     options = Options(
         causal=True,
@@ -71,16 +98,18 @@ def test_batch_axes_stay_apart(case, spec, dense, axis_type):
         return out, *pullback(dout)
 
     operands = [
-        arrays[name].reshape(*BATCH, *arrays[name].shape[1:])
+        arrays[name].reshape(*batch, *arrays[name].shape[1:])
         for name in ("q", "k", "v", "dout")
     ]
-    mesh = Split().make_mesh(axis_type, jax.devices("cpu"))
     results, found = partitioning.compile_and_run(
-        with_gradients, operands, [spec] * 4, mesh
+        with_gradients,
+        operands,
+        [queries, keys, keys, queries],
+        Split(mesh).make_mesh(axis_type, jax.devices("cpu")),
     )
-    assert found == set()
     names = ("out", "dq", "dk", "dv")
-    merged = (np.asarray(x).reshape(case.batch, *x.shape[2:]) for x in results)
+    merged = (np.asarray(x).reshape(case.batch, *x.shape[-3:]) for x in results)
     without_dlse = arrays | {"dlse": jnp.zeros_like(arrays["dlse"])}
     right = oracle.of(case, without_dlse)
     oracle.check(dict(zip(names, merged, strict=True)), right, names)
+    return found
