@@ -332,7 +332,11 @@ class TorchSampler:
     def _captured(self) -> Callable[[], Any] | None:
         graph = self._torch.cuda.CUDAGraph()
         try:
-            with self._torch.cuda.graph(graph, stream=self._stream):
+            # While a capture of the global mode lasts, the queries by which XLA watches
+            # its streams from a thread of its own fail, and XLA gives the stream up.
+            with self._torch.cuda.graph(
+                graph, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 self._plain()
         except RuntimeError as error:
             warnings.warn(f"timed without a CUDA graph: {error}", stacklevel=2)

@@ -132,9 +132,9 @@ def _features() -> tuple[Workload, ...]:
     }
     return tuple(
         Workload(
-            name=f"{feature}_d{head_dim}_s2048",
-            batch=GRID_TOKENS // 2048,
-            seqlen=2048,
+            name=f"{feature}_d{head_dim}_s{seqlen}",
+            batch=GRID_TOKENS // seqlen,
+            seqlen=seqlen,
             heads=GRID_WIDTH // head_dim,
             heads_k=GRID_WIDTH // head_dim,
             head_dim=head_dim,
@@ -143,7 +143,29 @@ def _features() -> tuple[Workload, ...]:
             **fields,
         )
         for feature, (fields, source) in options.items()
-        for head_dim in (128, 64)
+        for head_dim, seqlen in ((128, 2048), (64, 2048), (128, 16384))
+        if feature == "window" or seqlen == 2048
+    )
+
+
+def _other_widths() -> tuple[Workload, ...]:
+    sources = {
+        96: "Phi-3-mini's heads, arXiv:2404.14219",
+        192: "DeepSeek-V2's query heads, arXiv:2405.04434",
+    }
+    return tuple(
+        Workload(
+            name=f"d{head_dim}_{'causal' if causal else 'full'}_s4096",
+            batch=GRID_TOKENS // 4096,
+            seqlen=4096,
+            heads=GRID_WIDTH // head_dim,
+            heads_k=GRID_WIDTH // head_dim,
+            head_dim=head_dim,
+            causal=causal,
+            source=source,
+        )
+        for head_dim, source in sources.items()
+        for causal in (False, True)
     )
 
 
@@ -185,7 +207,7 @@ def _smoke() -> tuple[Workload, ...]:
     )
 
 
-WORKLOADS = (*_grid(), *_features(), *_models(), *_smoke())
+WORKLOADS = (*_grid(), *_other_widths(), *_features(), *_models(), *_smoke())
 
 
 def select(pattern: str | None) -> tuple[Workload, ...]:
