@@ -23,6 +23,7 @@ FEATURES = {
     "plain": {},
     "causal": {"window_right": 0},
     "everything": EVERYTHING,
+    "everything_unordered": {**EVERYTHING, "deterministic": False},
     "window": {"window_left": 100, "window_right": 50},
     "softcap": {"softcap": 20.0},
     "alibi": {"alibi": True},
@@ -76,11 +77,8 @@ def asked_for(operation, family, head_dims, features):
     return [Cell(*values, "bfloat16", family) for values in product]
 
 
-HOPPER_BACKWARD = [
-    name
-    for name, options in FEATURES.items()
-    if not options.get("softcap") and not options.get("deterministic")
-]
+_DEMANDING = ["softcap", "causal_dropout_alibi", "everything_unordered"]
+"""Features that need the most registers, each in its own way."""
 
 
 # Shared memory decides between rows; sm_90, sm_80 and sm_86 have each of its sizes.
@@ -90,8 +88,8 @@ COVERING = list(
             *cells(["sm_90"], EDGES, ["plain", "causal", "everything"]),
             *asked_for("forward", "sm80", EDGES, ["plain", "everything"]),
             *asked_for("backward", "sm80", [64, 128], ["plain", "causal_dropout"]),
-            *asked_for("backward", "sm90", [64, 128], HOPPER_BACKWARD),
-            *asked_for("backward", "sm90", [8, 40, 96], ["plain", "causal_dropout"]),
+            *asked_for("backward", "sm90", [64, 128, 192, 256], _DEMANDING),
+            *asked_for("backward", "sm90", [8, 40, 104], _DEMANDING[-1:]),
             *cells(["sm_80", "sm_86"], EDGES, ["plain", "everything"], ["float16"]),
             *cells(["sm_90"], [8, 40, 96, 160, 224], ["everything"], ["float16"]),
             *cells(["sm_89", "sm_100", "sm_120"], [64, 256], ["everything"]),

@@ -29,9 +29,14 @@ json.dump(answer, sys.stdout)
 """
 
 
-def start(cache_directory, operations=("forward",), head_dim=64, **settings):
-    """Starts a process that compiles into a cache directory; see `finish`."""
-    spec = _ffi.attributes(_spec.AttentionSpec(0.125))
+def start(
+    cache_directory, operations=("forward",), head_dim=64, options=None, **settings
+):
+    """Starts a process that compiles into a cache directory; see `finish`.
+
+    `options` are fields of the spec, `settings` those of the native module.
+    """
+    spec = _ffi.attributes(_spec.AttentionSpec(0.125, **(options or {})))
     given = {
         "path": _ffi.native.__file__,
         "settings": {
