@@ -332,8 +332,8 @@ class TorchSampler:
     def _captured(self) -> Callable[[], Any] | None:
         graph = self._torch.cuda.CUDAGraph()
         try:
-            # While a capture of the global mode lasts, the queries by which XLA watches
-            # its streams from a thread of its own fail, and XLA gives the stream up.
+            # A capture of the global mode forbids unsafe CUDA calls to every thread,
+            # and XLA watches its streams from a thread of its own.
             with self._torch.cuda.graph(
                 graph, stream=self._stream, capture_error_mode="thread_local"
             ):

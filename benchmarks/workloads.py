@@ -6,7 +6,8 @@ only: queries and keys have the same length.
 
 import dataclasses
 import re
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 Mode = Literal["fwd", "bwd", "both"]
 MODES: tuple[Mode, ...] = ("fwd", "bwd", "both")
@@ -104,68 +105,75 @@ def least_bytes(workload: Workload, mode: Mode, itemsize: int = 2) -> int:
     return {"fwd": forward, "bwd": backward, "both": forward + backward}[mode]
 
 
-def _grid() -> tuple[Workload, ...]:
-    lengths = (512, 1024, 2048, 4096, 8192, 16384)
-    return tuple(
-        Workload(
-            name=f"d{head_dim}_{'causal' if causal else 'full'}_s{seqlen}",
-            batch=GRID_TOKENS // seqlen,
-            seqlen=seqlen,
-            heads=GRID_WIDTH // head_dim,
-            heads_k=GRID_WIDTH // head_dim,
-            head_dim=head_dim,
-            causal=causal,
-            source="FlashAttention-3, arXiv:2407.08608, section 4.1",
-        )
-        for head_dim in (64, 128, 256)
-        for causal in (False, True)
-        for seqlen in lengths
+def _square(
+    kind: str, head_dim: int, seqlen: int, *, causal: bool, source: str, **fields: Any
+) -> Workload:
+    """A call of GRID_TOKENS tokens, GRID_WIDTH wide, or nearly so."""
+    heads = GRID_WIDTH // head_dim
+    return Workload(
+        name=f"{kind}_s{seqlen}",
+        batch=GRID_TOKENS // seqlen,
+        seqlen=seqlen,
+        heads=heads,
+        heads_k=heads,
+        head_dim=head_dim,
+        causal=causal,
+        source=source,
+        **fields,
     )
 
 
-def _features() -> tuple[Workload, ...]:
-    options: dict[str, tuple[dict, str]] = {
-        "dropout": ({"dropout_p": 0.1}, "GPT-2's attn_pdrop; Radford et al. 2019"),
-        "alibi": ({"alibi": True}, "ALiBi, arXiv:2108.12409"),
-        "window": ({"window": (1024, -1)}, "Gemma 3's local layers, arXiv:2503.19786"),
-        "softcap": ({"softcap": 30.0}, "Grok-1's attention logits, xai-org/grok-1"),
-    }
+def _by_mask(
+    head_dim: int, seqlens: Sequence[int], source: str
+) -> tuple[Workload, ...]:
     return tuple(
-        Workload(
-            name=f"{feature}_d{head_dim}_s{seqlen}",
-            batch=GRID_TOKENS // seqlen,
-            seqlen=seqlen,
-            heads=GRID_WIDTH // head_dim,
-            heads_k=GRID_WIDTH // head_dim,
-            head_dim=head_dim,
-            causal=True,
-            source=source,
-            **fields,
-        )
-        for feature, (fields, source) in options.items()
-        for head_dim, seqlen in ((128, 2048), (64, 2048), (128, 16384))
-        if feature == "window" or seqlen == 2048
+        _square(f"d{head_dim}_{mask}", head_dim, n, causal=causal, source=source)
+        for mask, causal in (("full", False), ("causal", True))
+        for n in seqlens
+    )
+
+
+def _grid() -> tuple[Workload, ...]:
+    lengths = (512, 1024, 2048, 4096, 8192, 16384)
+    source = "FlashAttention-3, arXiv:2407.08608, section 4.1"
+    return tuple(
+        workload
+        for head_dim in (64, 128, 256)
+        for workload in _by_mask(head_dim, lengths, source)
     )
 
 
 def _other_widths() -> tuple[Workload, ...]:
-    sources = {
-        96: "Phi-3-mini's heads, arXiv:2404.14219",
-        192: "DeepSeek-V2's query heads, arXiv:2405.04434",
+    return (
+        *_by_mask(96, (4096,), "Phi-3-mini's heads, arXiv:2404.14219"),
+        *_by_mask(192, (4096,), "DeepSeek-V2's query heads, arXiv:2405.04434"),
+    )
+
+
+def _features() -> tuple[Workload, ...]:
+    short = ((128, 2048), (64, 2048))
+    options: dict[str, tuple[dict, str, tuple[tuple[int, int], ...]]] = {
+        "dropout": (
+            {"dropout_p": 0.1},
+            "GPT-2's attn_pdrop; Radford et al. 2019",
+            short,
+        ),
+        "alibi": ({"alibi": True}, "ALiBi, arXiv:2108.12409", short),
+        "window": (
+            {"window": (1024, -1)},
+            "Gemma 3's local layers, arXiv:2503.19786",
+            (*short, (128, 16384)),
+        ),
+        "softcap": (
+            {"softcap": 30.0},
+            "Grok-1's attention logits, xai-org/grok-1",
+            short,
+        ),
     }
     return tuple(
-        Workload(
-            name=f"d{head_dim}_{'causal' if causal else 'full'}_s4096",
-            batch=GRID_TOKENS // 4096,
-            seqlen=4096,
-            heads=GRID_WIDTH // head_dim,
-            heads_k=GRID_WIDTH // head_dim,
-            head_dim=head_dim,
-            causal=causal,
-            source=source,
-        )
-        for head_dim, source in sources.items()
-        for causal in (False, True)
+        _square(f"{feature}_d{d}", d, n, causal=True, source=source, **fields)
+        for feature, (fields, source, sizes) in options.items()
+        for d, n in sizes
     )
 
 

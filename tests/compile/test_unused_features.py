@@ -32,14 +32,17 @@ def without_features(text):
     return text
 
 
-def copy_without_features(destination):
+@pytest.fixture(scope="module")
+def stripped(tmp_path_factory):
+    """A copy of the kernels without the code of the features."""
     removed = 0
-    for path in Path(shutil.copytree(KERNELS, destination)).rglob("*.cuh"):
+    folder = tmp_path_factory.mktemp("kernels") / "stripped"
+    for path in Path(shutil.copytree(KERNELS, folder)).rglob("*.cuh"):
         text = path.read_text()
         removed += len(GUARD.findall(text))
         path.write_text(without_features(text))
     assert removed
-    return str(destination)
+    return str(folder)
 
 
 def digests(stripped, operation, **options):
@@ -54,13 +57,11 @@ def digests(stripped, operation, **options):
 
 
 @pytest.mark.parametrize("operation", ["forward", "backward"])
-def test_a_build_without_the_code_is_the_same(operation, tmp_path):
-    stripped = copy_without_features(tmp_path / "stripped")
+def test_a_build_without_the_code_is_the_same(operation, stripped):
     whole, without = digests(stripped, operation)
     assert whole == without
 
 
-def test_a_feature_in_use_needs_its_code(tmp_path):
-    stripped = copy_without_features(tmp_path / "stripped")
+def test_a_feature_in_use_needs_its_code(stripped):
     whole, without = digests(stripped, "forward", softcap=30.0)
     assert whole != without
