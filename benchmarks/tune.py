@@ -6,7 +6,8 @@
 Every candidate is compiled, and left out where the compiler spills registers or warns;
 it is checked against the oracle; then all are timed in turns, on each length. Printed
 are the figures and the row of csrc/launchers/*_tiles.cc that wins by the geometric mean
-of its speed over the lengths.
+of its speed over the lengths. Where all of them are short, it is a row for short
+sequences alone.
 """
 
 import argparse
@@ -143,9 +144,12 @@ MODES = {"forward": "fwd", "backward": "bwd"}
 """What the benchmark calls timing an operation."""
 
 
-def table_row(head_dim: int, features: str, candidate: Tiles) -> str:
-    """Returns a row of csrc/launchers/sm90_tiles.cc."""
-    return f"    {{{head_dim}, Features::{features}, {{{candidate}}}}},"
+def table_row(
+    head_dim: int, features: str, candidate: Tiles, *, short: bool = False
+) -> str:
+    """Returns a row of csrc/launchers/sm90_tiles.cc; short: for short lengths only."""
+    lengths = ", Lengths::kShort" if short else ""
+    return f"    {{{head_dim}, Features::{features}, {{{candidate}}}{lengths}}},"
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -305,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{geometric_mean(speeds[candidate]):6.1f}   {figures}   {candidate}")
     kind = "kAny" if options.features == "any" else "kPlain"
     kind = "kFull" if options.mask == "full" and kind == "kPlain" else kind
-    print(table_row(options.head_dim, kind, winner(speeds)))
+    short = max(lengths) <= _ffi.native.short_seqlen
+    print(table_row(options.head_dim, kind, winner(speeds), short=short))
     return 0
 
 

@@ -9,8 +9,16 @@ def configure(
     dump_directory: str,
     version: str,
 ) -> None: ...
+
+short_seqlen: int
+
 def tiles(
-    operation: str, spec: dict[str, Any], dtype: str, head_dim: int, architecture: str
+    operation: str,
+    spec: dict[str, Any],
+    dtype: str,
+    head_dim: int,
+    architecture: str,
+    seqlen_q: int = ...,
 ) -> str: ...
 def compile(
     operation: str,
@@ -20,6 +28,7 @@ def compile(
     architecture: str,
     fresh: bool = False,
     tiles: str = "",
+    seqlen_q: int = ...,
 ) -> list[dict[str, Any]]: ...
 def devices() -> list[dict[str, Any]]: ...
 def driver_version() -> int: ...

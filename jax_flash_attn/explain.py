@@ -111,7 +111,12 @@ def explain(
         return Explanation("jax", obstacle, target, "", "", spec, padded)
     tiles = {
         operation: _ffi.native.tiles(
-            operation, _ffi.attributes(spec), str(jnp.dtype(dtype)), padded, target
+            operation,
+            _ffi.attributes(spec),
+            str(jnp.dtype(dtype)),
+            padded,
+            target,
+            seqlen_q=seqlen_q,
         )
         for operation in ("forward", "backward")
     }

@@ -4,6 +4,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -12,6 +14,7 @@
 #include "launchers/attention_spec.h"
 #include "launchers/specialization.h"
 #include "launchers/tile_override.h"
+#include "launchers/tile_table.h"
 #include "runtime/compiler.h"
 #include "runtime/device.h"
 #include "runtime/disk_cache.h"
@@ -93,7 +96,10 @@ StatusOr<Kernels> specialize(const std::string& operation, const AttentionSpec& 
   return Kernels{backward.tiles, {backward.preprocess, backward.main, backward.postprocess}};
 }
 
-StatusOr<AttentionShape> shape_of(const std::string& dtype, int head_dim) {
+// Where no length is given: longer than any row of the tile tables is limited to.
+constexpr std::int64_t kLongSeqlen = std::numeric_limits<std::int32_t>::max();
+
+StatusOr<AttentionShape> shape_of(const std::string& dtype, int head_dim, std::int64_t seqlen_q) {
   AttentionShape shape;
   if (dtype != "bfloat16" && dtype != "float16") {
     return Status::invalid_argument("dtype must be 'bfloat16' or 'float16', got '" + dtype + "'.");
@@ -101,6 +107,7 @@ StatusOr<AttentionShape> shape_of(const std::string& dtype, int head_dim) {
   shape.element =
       dtype == "bfloat16" ? launchers::Element::kBFloat16 : launchers::Element::kFloat16;
   shape.head_dim = head_dim;
+  shape.seqlen_q = seqlen_q;
   return shape;
 }
 
@@ -120,23 +127,24 @@ AttentionSpec spec_of(const nb::dict& fields) {
 
 Kernels specialize_named(const std::string& operation, const nb::dict& fields,
                          const std::string& dtype, int head_dim, const std::string& architecture,
-                         const std::string& tiles) {
+                         std::int64_t seqlen_q, const std::string& tiles) {
   return value_or_raise(specialize(operation, spec_of(fields),
-                                   value_or_raise(shape_of(dtype, head_dim)),
+                                   value_or_raise(shape_of(dtype, head_dim, seqlen_q)),
                                    value_or_raise(launchers::named_target(architecture)), tiles));
 }
 
 std::string tiles(const std::string& operation, const nb::dict& fields, const std::string& dtype,
-                  int head_dim, const std::string& architecture) {
-  return specialize_named(operation, fields, dtype, head_dim, architecture, "").tiles;
+                  int head_dim, const std::string& architecture, std::int64_t seqlen_q) {
+  return specialize_named(operation, fields, dtype, head_dim, architecture, seqlen_q, "").tiles;
 }
 
 // Compiles an operation's kernels into the cache. `fresh`: compile even what the cache has, so that
 // the compiler's report is there. `tiles`: as override_tiles takes them, for this time.
 nb::list compile(const std::string& operation, const nb::dict& fields, const std::string& dtype,
                  int head_dim, const std::string& architecture, bool fresh,
-                 const std::string& tiles) {
-  const Kernels kernels = specialize_named(operation, fields, dtype, head_dim, architecture, tiles);
+                 const std::string& tiles, std::int64_t seqlen_q) {
+  const Kernels kernels =
+      specialize_named(operation, fields, dtype, head_dim, architecture, seqlen_q, tiles);
   nb::list report;
   for (const launchers::KernelSpecialization& kernel : kernels.kernels) {
     runtime::CubinInfo info{};
@@ -222,10 +230,11 @@ NB_MODULE(_native, module) {
              nb::arg("nvrtc_path"), nb::arg("nvrtc_directories"), nb::arg("dump_directory"),
              nb::arg("version"));
   module.def("tiles", &tiles, nb::arg("operation"), nb::arg("spec"), nb::arg("dtype"),
-             nb::arg("head_dim"), nb::arg("architecture"));
+             nb::arg("head_dim"), nb::arg("architecture"), nb::arg("seqlen_q") = kLongSeqlen);
   module.def("compile", &compile, nb::arg("operation"), nb::arg("spec"), nb::arg("dtype"),
              nb::arg("head_dim"), nb::arg("architecture"), nb::arg("fresh") = false,
-             nb::arg("tiles") = "");
+             nb::arg("tiles") = "", nb::arg("seqlen_q") = kLongSeqlen);
+  module.attr("short_seqlen") = launchers::kShortSeqlen;
   module.def("devices", &devices);
   module.def("driver_version", &driver_version);
   module.def("nvrtc", &nvrtc);

@@ -1,6 +1,7 @@
 #include "launchers/plan_table.h"
 
 #include "launchers/tile_override.h"
+#include "launchers/tile_table.h"
 
 namespace jax_flash_attn::launchers {
 
@@ -13,6 +14,7 @@ PlanKey plan_key(const AttentionSpec& spec, const AttentionShape& shape, int dev
       spec.dropout(),
       spec.softmax_scale > 0.0,
       spec.deterministic,
+      is_short(shape),
   };
   std::int32_t features = 0;
   for (const bool bit : bits) features = 2 * features + (bit ? 1 : 0);

@@ -50,8 +50,10 @@ bool serves(Chips chips, const Target& target) {
 }
 
 template <typename Tiles, std::size_t kRows, typename SharedBytes>
-StatusOr<Tiles> choose(const Row<Tiles> (&rows)[kRows], const AttentionSpec& spec, int head_dim,
-                       const Target& target, SharedBytes shared_bytes) {
+StatusOr<Tiles> choose(const Row<Tiles> (&rows)[kRows], const AttentionSpec& spec,
+                       const AttentionShape& shape, const Target& target,
+                       SharedBytes shared_bytes) {
+  const int head_dim = static_cast<int>(shape.head_dim);
   for (const Row<Tiles>& row : rows) {
     if (head_dim <= row.max_head_dim && serves(row.chips, target) && serves(row.features, spec) &&
         shared_bytes(row.tiles, head_dim) <= target.shared_bytes)
@@ -64,14 +66,14 @@ StatusOr<Tiles> choose(const Row<Tiles> (&rows)[kRows], const AttentionSpec& spe
 
 }  // namespace
 
-StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, int head_dim,
+StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, const AttentionShape& shape,
                                      const Target& target) {
-  return choose(kForward, spec, head_dim, target, forward_shared_bytes);
+  return choose(kForward, spec, shape, target, forward_shared_bytes);
 }
 
-StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, int head_dim,
+StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, const AttentionShape& shape,
                                        const Target& target) {
-  return choose(kBackward, spec, head_dim, target, backward_shared_bytes);
+  return choose(kBackward, spec, shape, target, backward_shared_bytes);
 }
 
 int forward_shared_bytes(const ForwardTiles& tiles, int head_dim) {

@@ -30,10 +30,10 @@ struct BackwardTiles {
   int ctas;
 };
 
-runtime::StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, int head_dim,
-                                              const Target& target);
-runtime::StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, int head_dim,
-                                                const Target& target);
+runtime::StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec,
+                                              const AttentionShape& shape, const Target& target);
+runtime::StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec,
+                                                const AttentionShape& shape, const Target& target);
 
 // Dynamic shared memory of the kernels built from these tiles (sm80/forward.cuh,
 // sm80/backward.cuh).

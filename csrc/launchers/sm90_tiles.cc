@@ -15,11 +15,18 @@ struct Row {
   int max_head_dim;
   Features features;
   Tiles tiles;
+  Lengths lengths = Lengths::kAny;
+
+  bool serves_length(const AttentionShape& shape) const {
+    return lengths == Lengths::kAny || is_short(shape);
+  }
 };
 
-// Rows are tried from the top; the first that serves the head dim and the features is taken.
+// Rows are tried from the top; the first that serves the head dim, the features and the length is
+// taken.
 //                                tile_q  tile_k  query, key, value stages  prob_buffers
 constexpr Row<ForwardTiles> kForward[] = {
+    {64, Features::kMasked, {128, 128, 2, 3, 3, 2}, Lengths::kShort},
     {48, Features::kNoDropout, {192, 128, 2, 2, 2, 1}},
     {48, Features::kAny, {192, 96, 2, 2, 2, 1}},
     {64, Features::kAny, {192, 128, 2, 2, 2, 1}},
@@ -40,10 +47,12 @@ constexpr Row<BackwardTiles> kBackward[] = {
 };
 
 template <typename Tiles, std::size_t kRows, typename SharedBytes>
-StatusOr<Tiles> choose(const Row<Tiles> (&rows)[kRows], const AttentionSpec& spec, int head_dim,
-                       const Target& target, SharedBytes shared_bytes) {
+StatusOr<Tiles> choose(const Row<Tiles> (&rows)[kRows], const AttentionSpec& spec,
+                       const AttentionShape& shape, const Target& target,
+                       SharedBytes shared_bytes) {
+  const int head_dim = static_cast<int>(shape.head_dim);
   for (const Row<Tiles>& row : rows) {
-    if (head_dim <= row.max_head_dim && serves(row.features, spec) &&
+    if (head_dim <= row.max_head_dim && serves(row.features, spec) && row.serves_length(shape) &&
         shared_bytes(row.tiles, head_dim) <= target.shared_bytes)
       return row.tiles;
   }
@@ -54,14 +63,14 @@ StatusOr<Tiles> choose(const Row<Tiles> (&rows)[kRows], const AttentionSpec& spe
 
 }  // namespace
 
-StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, int head_dim,
+StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, const AttentionShape& shape,
                                      const Target& target) {
-  return choose(kForward, spec, head_dim, target, forward_shared_bytes);
+  return choose(kForward, spec, shape, target, forward_shared_bytes);
 }
 
-StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, int head_dim,
+StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, const AttentionShape& shape,
                                        const Target& target) {
-  return choose(kBackward, spec, head_dim, target, backward_shared_bytes);
+  return choose(kBackward, spec, shape, target, backward_shared_bytes);
 }
 
 int forward_shared_bytes(const ForwardTiles& tiles, int head_dim) {

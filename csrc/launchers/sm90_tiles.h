@@ -26,11 +26,11 @@ struct BackwardTiles {
 };
 
 // kUnimplemented where no row serves.
-runtime::StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, int head_dim,
-                                              const Target& target);
+runtime::StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec,
+                                              const AttentionShape& shape, const Target& target);
 
-runtime::StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, int head_dim,
-                                                const Target& target);
+runtime::StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec,
+                                                const AttentionShape& shape, const Target& target);
 
 // Dynamic shared memory and threads of the kernel built from these tiles (sm90/forward.cuh).
 int forward_shared_bytes(const ForwardTiles& tiles, int head_dim);

@@ -74,15 +74,16 @@ Status check_fits(int shared_bytes, const Target& target) {
 // The tiles that are forced, or else the table's; they fit into the target's shared memory.
 template <typename Tiles>
 StatusOr<Tiles> chosen_tiles(const std::optional<TileOverride>& forced, const AttentionSpec& spec,
-                             int head_dim, const Target& target,
-                             StatusOr<Tiles> (*from_table)(const AttentionSpec&, int,
-                                                           const Target&),
+                             const AttentionShape& shape, const Target& target,
+                             StatusOr<Tiles> (*from_table)(const AttentionSpec&,
+                                                           const AttentionShape&, const Target&),
                              int (*shared_bytes)(const Tiles&, int)) {
+  const int head_dim = static_cast<int>(shape.head_dim);
   Tiles tiles{};
   if (forced && !forced->numbers.empty()) {
     tiles = forced->as<Tiles>();
   } else {
-    JFA_ASSIGN_OR_RETURN(tiles, from_table(spec, head_dim, target));
+    JFA_ASSIGN_OR_RETURN(tiles, from_table(spec, shape, target));
   }
   JFA_RETURN_IF_ERROR(check_fits(shared_bytes(tiles, head_dim), target));
   return tiles;
@@ -92,9 +93,9 @@ StatusOr<ForwardSpecialization> sm80_forward(const AttentionSpec& spec, const At
                                              const Target& target,
                                              const std::optional<TileOverride>& forced) {
   const int head_dim = static_cast<int>(shape.head_dim);
-  JFA_ASSIGN_OR_RETURN(const sm80::ForwardTiles tiles,
-                       chosen_tiles(forced, spec, head_dim, target, sm80::forward_tiles,
-                                    sm80::forward_shared_bytes));
+  JFA_ASSIGN_OR_RETURN(
+      const sm80::ForwardTiles tiles,
+      chosen_tiles(forced, spec, shape, target, sm80::forward_tiles, sm80::forward_shared_bytes));
   const int shared_bytes = sm80::forward_shared_bytes(tiles, head_dim);
 
   std::string config;
@@ -120,9 +121,9 @@ StatusOr<ForwardSpecialization> sm90_forward(const AttentionSpec& spec, const At
                                              const Target& target,
                                              const std::optional<TileOverride>& forced) {
   const int head_dim = static_cast<int>(shape.head_dim);
-  JFA_ASSIGN_OR_RETURN(const sm90::ForwardTiles tiles,
-                       chosen_tiles(forced, spec, head_dim, target, sm90::forward_tiles,
-                                    sm90::forward_shared_bytes));
+  JFA_ASSIGN_OR_RETURN(
+      const sm90::ForwardTiles tiles,
+      chosen_tiles(forced, spec, shape, target, sm90::forward_tiles, sm90::forward_shared_bytes));
   const int shared_bytes = sm90::forward_shared_bytes(tiles, head_dim);
 
   std::string config;
@@ -160,9 +161,9 @@ StatusOr<BackwardSpecialization> sm80_backward(const AttentionSpec& spec,
                                                const AttentionShape& shape, const Target& target,
                                                const std::optional<TileOverride>& forced) {
   const int head_dim = static_cast<int>(shape.head_dim);
-  JFA_ASSIGN_OR_RETURN(const sm80::BackwardTiles tiles,
-                       chosen_tiles(forced, spec, head_dim, target, sm80::backward_tiles,
-                                    sm80::backward_shared_bytes));
+  JFA_ASSIGN_OR_RETURN(
+      const sm80::BackwardTiles tiles,
+      chosen_tiles(forced, spec, shape, target, sm80::backward_tiles, sm80::backward_shared_bytes));
   const int shared_bytes = sm80::backward_shared_bytes(tiles, head_dim);
 
   std::string layout;
@@ -205,9 +206,9 @@ StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
   if (spec.deterministic)
     return Status::unimplemented("The sm90 family has no deterministic backward.");
   const int head_dim = static_cast<int>(shape.head_dim);
-  JFA_ASSIGN_OR_RETURN(const sm90::BackwardTiles tiles,
-                       chosen_tiles(forced, spec, head_dim, target, sm90::backward_tiles,
-                                    sm90::backward_shared_bytes));
+  JFA_ASSIGN_OR_RETURN(
+      const sm90::BackwardTiles tiles,
+      chosen_tiles(forced, spec, shape, target, sm90::backward_tiles, sm90::backward_shared_bytes));
   const int shared_bytes = sm90::backward_shared_bytes(tiles, head_dim);
 
   std::string config;
@@ -296,7 +297,7 @@ StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
   JFA_RETURN_IF_ERROR(check_head_dim(shape));
   const auto has_sm90 = [&] {
     return is_hopper(target) && !spec.deterministic &&
-           sm90::backward_tiles(spec, static_cast<int>(shape.head_dim), target).ok();
+           sm90::backward_tiles(spec, shape, target).ok();
   };
   if (forced ? forced->family == "sm90" : has_sm90()) {
     JFA_RETURN_IF_ERROR(check_hopper(target));

@@ -10,6 +10,8 @@ bool serves(Features features, const AttentionSpec& spec) {
       return plain && !spec.windowed();
     case Features::kPlain:
       return plain;
+    case Features::kMasked:
+      return spec.windowed();
     case Features::kNoDropout:
       return !spec.dropout();
     case Features::kNoSoftcap:

@@ -3,8 +3,8 @@ r"""Compiles kernels into the disk cache ahead of their first use.
 No GPU is needed, only NVRTC, so an image or a login node can prepare the cache for
 other machines. Kernels are compiled for every combination of the features given:
 with --causal --dropout a call with both, one of them or none finds its kernels.
-Lengths, batch, heads and the values of the options (a window's size, a cap, a dropout
-rate) make no difference.
+Batch, heads and the values of the options (a window's size, a cap, a dropout rate)
+make no difference; where short sequences have kernels of their own, both are compiled.
 
   python -m jax_flash_attn compile --causal
   python -m jax_flash_attn compile --architecture sm_80 --architecture sm_90 \
@@ -55,6 +55,7 @@ class Job:
     dtype: str
     head_dim: int
     architecture: str
+    seqlen_q: int
 
     def __str__(self) -> str:
         return f"{self.architecture} {self.operation} D={self.head_dim} {self.dtype}"
@@ -67,6 +68,7 @@ class Job:
             self.dtype,
             self.head_dim,
             self.architecture,
+            seqlen_q=self.seqlen_q,
         )
         return rows
 
@@ -198,10 +200,15 @@ def _jobs(options: argparse.Namespace) -> Iterator[Job]:
         if obstacle:
             raise ValueError(obstacle)
         padded = _support.padded_head_dim(head_dim)
-        job = Job(operation, spec, dtype, padded, architecture)
+        target = (operation, _ffi.attributes(spec), dtype, padded, architecture)
+        short = _ffi.native.short_seqlen
         # Choosing tiles is quick and finds what no kernel can do.
-        _ffi.native.tiles(operation, _ffi.attributes(spec), dtype, padded, architecture)
-        yield job
+        by_tiles = {
+            _ffi.native.tiles(*target, seqlen_q=seqlen): seqlen
+            for seqlen in (short, short + 1)
+        }
+        for seqlen in by_tiles.values():
+            yield Job(operation, spec, dtype, padded, architecture, seqlen)
 
 
 def _specs(names: list[str]) -> list[_spec.AttentionSpec]:

@@ -8,6 +8,9 @@ import pytest
 from jax_flash_attn import _ffi, _spec
 from tests.support import ahead, tile_table
 
+LONG = _ffi.native.short_seqlen + 1
+"""Fewer queries than these may have kernels of their own."""
+
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 EVERYTHING = {
@@ -48,9 +51,11 @@ class Cell:
     dtype: str
     tiles: str = ""
     """As `testing.override_tiles` takes them; empty for the tables' choice."""
+    seqlen_q: int = LONG
 
     def __str__(self) -> str:
-        return "-".join(filter(None, map(str, dataclasses.astuple(self))))
+        parts = (*dataclasses.astuple(self)[:-1], "short" * (self.seqlen_q < LONG))
+        return "-".join(filter(None, map(str, parts)))
 
     @property
     def spec(self) -> dict:
@@ -69,6 +74,12 @@ EDGES = tuple(sorted({row.max_head_dim for row in ROWS}))
 def cells(architectures, head_dims, features, dtypes=("bfloat16",)):
     product = itertools.product(OPERATIONS, architectures, head_dims, features, dtypes)
     return [Cell(*values) for values in product]
+
+
+def short(head_dims, features):
+    """Forwards of short sequences on sm_90."""
+    product = itertools.product(["forward"], ["sm_90"], head_dims, features)
+    return [Cell(*values, "bfloat16", seqlen_q=LONG - 1) for values in product]
 
 
 def asked_for(operation, family, head_dims, features):
@@ -92,6 +103,7 @@ COVERING = list(
             *asked_for("backward", "sm90", [8, 40, 104], _DEMANDING[-1:]),
             *cells(["sm_80", "sm_86"], EDGES, ["plain", "everything"], ["float16"]),
             *cells(["sm_90"], [8, 40, 96, 160, 224], ["everything"], ["float16"]),
+            *short([8, 48, 64], ["causal", *_DEMANDING]),
             *cells(["sm_89", "sm_100", "sm_120"], [64, 256], ["everything"]),
             *cells(["sm_89", "sm_100", "sm_120"], [128], ["plain"], ["float16"]),
         ]
@@ -103,6 +115,7 @@ ALL = [
     *cells(ARCHITECTURES, range(8, 257, 8), ["everything"], ["float16"]),
     *asked_for("forward", "sm80", range(8, 257, 8), FEATURES),
     *asked_for("backward", "sm80", range(8, 257, 8), FEATURES),
+    *short(range(8, 257, 8), FEATURES),
 ]
 
 PARAMETERS = [
@@ -125,6 +138,7 @@ def compile_cell(cell):
             cell.architecture,
             fresh=True,
             tiles=cell.tiles,
+            seqlen_q=cell.seqlen_q,
         )
     except RuntimeError as error:
         return error

@@ -92,4 +92,4 @@ def compile_kernels(case):
         fields = _ffi.attributes(found.spec)
         target = (case.dtype, found.padded_head_dim, found.architecture)
         for operation in ("forward", "backward"):
-            _ffi.native.compile(operation, fields, *target)
+            _ffi.native.compile(operation, fields, *target, seqlen_q=q.shape[1])

@@ -9,7 +9,7 @@ _ARRAYS = {"kForward": "forward", "kBackward": "backward"}
 _ARRAY = re.compile(r"constexpr Row\S* (\w+)\[\] = \{(.*?)\n\};", re.DOTALL)
 _ROW = re.compile(
     r"\{(?P<head_dim>\w+), (?:Chips::\w+, )?Features::(?P<features>\w+), "
-    r"\{(?P<numbers>[\d, ]+)\}\}"
+    r"\{(?P<numbers>[\d, ]+)\}(?:, Lengths::(?P<lengths>\w+))?\}"
 )
 _ANY_HEAD_DIM = 256
 
@@ -23,9 +23,11 @@ class Row:
     max_head_dim: int
     features: str
     numbers: tuple[int, ...]
+    lengths: str
 
     def __str__(self) -> str:
-        return f"{self.operation}_{self.max_head_dim}_{self.features}_{self.text}"
+        parts = (self.operation, self.max_head_dim, self.features, self.text)
+        return "_".join(map(str, parts)) + self.lengths.removeprefix("kAny")
 
     @property
     def text(self) -> str:
@@ -40,22 +42,22 @@ class Row:
     @property
     def serves_alibi(self) -> bool:
         """Whether the row is for ALiBi, too."""
-        return self.features in ("kNoDropout", "kNoSoftcap", "kAny")
+        return self.features in ("kMasked", "kNoDropout", "kNoSoftcap", "kAny")
 
     @property
     def serves_dropout(self) -> bool:
         """Whether the row is for dropout, too."""
-        return self.features in ("kNoSoftcap", "kAny")
+        return self.features in ("kMasked", "kNoSoftcap", "kAny")
 
     @property
     def serves_softcap(self) -> bool:
         """Whether the row is for softcap, too."""
-        return self.features in ("kNoDropout", "kAny")
+        return self.features in ("kMasked", "kNoDropout", "kAny")
 
     @property
     def serves_features(self) -> bool:
         """Whether the row is for all of them at a time."""
-        return self.features == "kAny"
+        return self.features in ("kMasked", "kAny")
 
 
 def _rows_of(family):
@@ -71,6 +73,7 @@ def _rows_of(family):
                 _ANY_HEAD_DIM if any_head_dim else int(row["head_dim"]),
                 row["features"],
                 tuple(map(int, row["numbers"].split(","))),
+                row["lengths"] or "kAny",
             )
 
 

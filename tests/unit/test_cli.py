@@ -49,16 +49,20 @@ class FakeNative:
             raise RuntimeError("there is no driver")
         return self.device_rows
 
-    def tiles(self, operation, spec, dtype, head_dim, architecture):
+    short_seqlen = 1024
+
+    def tiles(self, operation, spec, dtype, head_dim, architecture, seqlen_q):
         if not architecture.startswith("sm_"):
             raise ValueError(f"architecture must be sm_80 or newer, got {architecture}")
-        return ""
+        is_masked = spec["window_right"] >= 0
+        return "64x64" if is_masked and seqlen_q <= self.short_seqlen else "128x64"
 
-    def compile(self, operation, spec, dtype, head_dim, architecture):
+    def compile(self, operation, spec, dtype, head_dim, architecture, seqlen_q):
         if head_dim == self.failing_head_dim:
             raise RuntimeError("the compiler gave up")
         self.specs.add(tuple(spec.items()))
-        source = f"{operation}-{dtype}-{head_dim}-{hash(tuple(spec.items()))}"
+        tiles = self.tiles(operation, spec, dtype, head_dim, architecture, seqlen_q)
+        source = f"{operation}-{dtype}-{tiles}-{hash(tuple(spec.items()))}"
         file = self.directory / f"{architecture}-{source}.cubin"
         from_disk = file.exists()
         if self.can_write:
@@ -178,6 +182,13 @@ def test_compile_counts_what_it_compiles_and_finds(capsys, native):
     assert "2 compiled, 0 already there, 0 failed" in capsys.readouterr().out
     assert compile_("--forward-only") == 0
     assert "0 compiled, 1 already there, 0 failed" in capsys.readouterr().out
+
+
+def test_compile_covers_short_lengths_where_they_have_tiles_of_their_own(
+    capsys, native
+):
+    assert compile_("--causal", "--forward-only") == 0
+    assert "3 compiled, 0 already there, 0 failed" in capsys.readouterr().out
 
 
 def test_compile_covers_every_combination_of_features(native):

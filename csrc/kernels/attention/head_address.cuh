@@ -8,9 +8,16 @@
 
 namespace jfa::attention {
 
+// Which of a tensor's `batches` serves a batch of the call. Nearly always the same: a comparison in
+// place of a division, for which a CTA that starts would wait.
+__device__ __forceinline__ int own_batch(int batch, int batches) {
+  return __builtin_expect(batch < batches, true) ? batch : batch % batches;
+}
+
 __device__ __forceinline__ unsigned short* head_address(const TensorView& view, int batch,
                                                         int head) {
-  return static_cast<unsigned short*>(view.data) + batch % view.batches * view.batch_stride +
+  return static_cast<unsigned short*>(view.data) +
+         own_batch(batch, view.batches) * view.batch_stride +
          static_cast<long long>(head) * view.head_stride;
 }
 

@@ -29,7 +29,10 @@ struct TileOrder {
     skip_gaps();
   }
 
-  __device__ __forceinline__ bool valid() const { return first_head < heads(); }
+  __device__ __forceinline__ bool valid() const {
+    if constexpr (Config::kWindowed) return first_head < heads();
+    return index() < heads() * params.query_tiles;
+  }
 
   __device__ __forceinline__ void advance() {
     next_round();
@@ -63,12 +66,8 @@ struct TileOrder {
     return params.forward.attention.batch * params.forward.attention.heads;
   }
 
-  __device__ __forceinline__ int section_heads() const {
-    return Config::kWindowed ? params.section_heads : heads();
-  }
-
   __device__ __forceinline__ int section_size() const {
-    return min(section_heads(), heads() - first_head);
+    return min(params.section_heads, heads() - first_head);
   }
 
   __device__ __forceinline__ int index() const {
@@ -84,18 +83,21 @@ struct TileOrder {
 
   __device__ __forceinline__ void next_round() {
     start += gridDim.x;
-    reversed = !reversed;
-    const int tiles = section_size() * params.query_tiles;
-    if (start >= tiles) {
-      first_cta = (first_cta + (start - tiles)) % static_cast<int>(gridDim.x);
-      start = 0;
-      first_head += section_heads();
+    if constexpr (Config::kWindowed) {
+      reversed = !reversed;
+      const int tiles = section_size() * params.query_tiles;
+      if (start >= tiles) {
+        first_cta = (first_cta + (start - tiles)) % static_cast<int>(gridDim.x);
+        start = 0;
+        first_head += params.section_heads;
+      }
     }
   }
 
   // The last round of a section may have no tile for this CTA.
   __device__ __forceinline__ void skip_gaps() {
-    while (valid() && index() >= section_size() * params.query_tiles) next_round();
+    if constexpr (Config::kWindowed)
+      while (valid() && index() >= section_size() * params.query_tiles) next_round();
   }
 };
 

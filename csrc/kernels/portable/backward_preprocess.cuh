@@ -51,8 +51,10 @@ __device__ __forceinline__ void backward_preprocess(const BackwardParams& params
   const unsigned short* out = attention::head_address(params.out, place.batch, place.head);
   const unsigned short* dout = attention::head_address(params.dout, place.batch, place.head);
   const auto statistics = [&](const float* values, int batches) {
-    return values + (static_cast<long long>(place.batch % batches) * attention.heads + place.head) *
-                        attention.seqlen_q;
+    return values +
+           (static_cast<long long>(attention::own_batch(place.batch, batches)) * attention.heads +
+            place.head) *
+               attention.seqlen_q;
   };
   const float* lse = statistics(params.lse, params.lse_batches);
 

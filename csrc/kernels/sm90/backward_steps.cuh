@@ -56,7 +56,8 @@ struct BackwardWalk {
   // time wait for each other (3 to 6% without a mask on an H100).
   __device__ __forceinline__ int first_tile() const {
     if constexpr (Config::kWindowed) return query_tiles.begin;
-    return first_key / Config::kTileQ % query_tiles.end;
+    // Fractions of the golden ratio: far apart for neighbours, and no division in the loop.
+    return __umulhi(place.tile * 0x9e3779b9u, query_tiles.end);
   }
 };
 
@@ -95,28 +96,30 @@ __device__ __forceinline__ void produce_backward(const Sm90BackwardParams& param
   const AttentionParams& attention = backward.attention;
   const BackwardWalk<Config> walk(attention);
   const int batch = walk.place.batch;
+  const int q_batch = attention::own_batch(batch, attention.q.batches);
+  const int dout_batch = attention::own_batch(batch, backward.dout.batches);
 
   // A query tile of q or dout, and its lse or delta.
   const auto load = [&](const auto& ring, auto& at, int tile_offset, int statistics_offset,
-                        const TensorMap& map, int batches, const float* statistics,
+                        const TensorMap& map, int map_batch, const float* statistics,
                         const typename BackwardWalk<Config>::Step& step) {
     const int first_query = step.query_tile * Config::kTileQ;
     const unsigned barrier = ring.full(at.stage());
     ring.begin_fill(at, QueryTile::kBytes + Shapes::kStatisticsBytes);
     load_panels<QueryTile>(stages.shared + tile_offset + at.stage() * QueryTile::kBytes, map,
-                           barrier, first_query, step.head, batch % batches);
+                           barrier, first_query, step.head, map_batch);
     ptx::bulk_load(stages.shared + statistics_offset + at.stage() * Shapes::kStatisticsBytes,
                    statistics + attention::workspace_row(backward, batch, step.head, first_query),
                    Shapes::kStatisticsBytes, barrier);
     at.advance();
   };
   const auto load_query = [&](typename Shapes::QueryPosition& at, const auto& step) {
-    load(stages.query, at, Shapes::kQueryOffset, Shapes::kLseOffset, params.q, attention.q.batches,
+    load(stages.query, at, Shapes::kQueryOffset, Shapes::kLseOffset, params.q, q_batch,
          backward.lse_log2, step);
   };
   const auto load_dout = [&](typename Shapes::DoutPosition& at, const auto& step) {
-    load(stages.dout, at, Shapes::kDoutOffset, Shapes::kDeltaOffset, params.dout,
-         backward.dout.batches, backward.delta, step);
+    load(stages.dout, at, Shapes::kDoutOffset, Shapes::kDeltaOffset, params.dout, dout_batch,
+         backward.delta, step);
   };
 
   int remaining = walk.steps();
@@ -128,9 +131,9 @@ __device__ __forceinline__ void produce_backward(const Sm90BackwardParams& param
   const unsigned barrier = stages.keys.full(0);
   ptx::mbarrier_arrive_expect(barrier, 2 * KeyTile::kBytes);
   load_panels<KeyTile>(stages.shared + Shapes::kKeyOffset, params.k, barrier, walk.first_key,
-                       walk.place.head, batch % attention.k.batches);
+                       walk.place.head, attention::own_batch(batch, attention.k.batches));
   load_panels<KeyTile>(stages.shared + Shapes::kValueOffset, params.v, barrier, walk.first_key,
-                       walk.place.head, batch % attention.v.batches);
+                       walk.place.head, attention::own_batch(batch, attention.v.batches));
   // Consumers want the next step's q before this step's dq.
 #pragma unroll 1
   while (true) {

@@ -137,7 +137,6 @@ __device__ __forceinline__ void produce(const Sm90ForwardParams& params,
   using KeyTile = typename Shapes::KeyTile;
   const AttentionParams& attention = params.forward.attention;
   const attention::VisibleRange<Config> range(attention);
-  const int group = attention.heads / attention.heads_k;
   typename Shapes::QueryPosition query;
   typename Shapes::KeyPosition key;
   typename Shapes::ValuePosition value;
@@ -145,9 +144,20 @@ __device__ __forceinline__ void produce(const Sm90ForwardParams& params,
   const auto next_place = [&] {
     return order.valid() ? order.place() : Place{Stages::kNoTile, 0, 0};
   };
-  const auto key_tiles_of = [&](const Place& place) {
-    if (place.tile == Stages::kNoTile) return attention::Range{0, 0};
-    return range.key_tiles(place.tile * Config::kTileQ);
+  // The keys of a query tile: which tiles, and where they lie.
+  struct Keys {
+    int first;  // of the first tile
+    int last;   // of the last tile
+    int head;
+    int k_batch;
+    int v_batch;
+  };
+  const auto keys_of = [&](const Place& place) -> Keys {
+    const attention::Range tiles = range.key_tiles(place.tile * Config::kTileQ);
+    return {tiles.begin * Config::kTileK, (tiles.end - 1) * Config::kTileK,
+            place.head * attention.heads_k / attention.heads,
+            attention::own_batch(place.batch, attention.k.batches),
+            attention::own_batch(place.batch, attention.v.batches)};
   };
   const auto load_query = [&](const Place& place) {
     stages.query.await_empty(query);
@@ -160,41 +170,43 @@ __device__ __forceinline__ void produce(const Sm90ForwardParams& params,
     load_tile<typename Shapes::QueryTile>(
         stages.shared + Shapes::kQueryOffset + query.stage() * Shapes::QueryTile::kBytes, params.q,
         stages.query.full(query.stage()), ptx::kEvictFirst, place.tile * Config::kTileQ, place.head,
-        place.batch % attention.q.batches);
+        attention::own_batch(place.batch, attention.q.batches));
     query.advance();
   };
-  const auto load_key = [&](const Place& place, int key_tile) {
+  const auto load_key = [&](const Keys& keys, int first_key) {
     stages.key.begin_fill(key, KeyTile::kBytes);
     load_tile<KeyTile>(stages.shared + Shapes::kKeyOffset + key.stage() * KeyTile::kBytes, params.k,
-                       stages.key.full(key.stage()), ptx::kEvictLast, key_tile * Config::kTileK,
-                       place.head / group, place.batch % attention.k.batches);
+                       stages.key.full(key.stage()), ptx::kEvictLast, first_key, keys.head,
+                       keys.k_batch);
     key.advance();
   };
-  const auto load_value = [&](const Place& place, int key_tile) {
+  const auto load_value = [&](const Keys& keys, int first_key) {
     stages.value.begin_fill(value, KeyTile::kBytes);
     load_tile<KeyTile>(stages.shared + Shapes::kValueOffset + value.stage() * KeyTile::kBytes,
-                       params.v, stages.value.full(value.stage()), ptx::kEvictLast,
-                       key_tile * Config::kTileK, place.head / group,
-                       place.batch % attention.v.batches);
+                       params.v, stages.value.full(value.stage()), ptx::kEvictLast, first_key,
+                       keys.head, keys.v_batch);
     value.advance();
   };
 
   Place place = next_place();
   load_query(place);
-  attention::Range key_tiles = key_tiles_of(place);
-  if (!key_tiles.empty()) load_key(place, key_tiles.end - 1);
+  Keys keys = keys_of(place);
+  const auto load_first_key = [&](const Place& place) {
+    if (place.tile != Stages::kNoTile && keys.first <= keys.last) load_key(keys, keys.last);
+  };
+  load_first_key(place);
 #pragma unroll 1
   while (place.tile != Stages::kNoTile) {
     order.advance();
     const Place next = next_place();
     if (Config::kQueryStages > 1) load_query(next);
 #pragma unroll 1
-    for (int key_tile = key_tiles.end - 1; key_tile >= key_tiles.begin; --key_tile) {
-      if (key_tile > key_tiles.begin) load_key(place, key_tile - 1);
-      load_value(place, key_tile);
+    for (int first_key = keys.last; first_key >= keys.first; first_key -= Config::kTileK) {
+      if (first_key > keys.first) load_key(keys, first_key - Config::kTileK);
+      load_value(keys, first_key);
     }
-    key_tiles = key_tiles_of(next);
-    if (!key_tiles.empty()) load_key(next, key_tiles.end - 1);
+    keys = keys_of(next);
+    load_first_key(next);
     // The only stage is free when this tile's last key has been used.
     if (Config::kQueryStages == 1) load_query(next);
     place = next;
