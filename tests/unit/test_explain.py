@@ -11,8 +11,8 @@ pytestmark = pytest.mark.core
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
-def structs(head_dim=64, dtype=jnp.bfloat16, heads_k=2):
-    q = jax.ShapeDtypeStruct((2, 100, 4, head_dim), dtype)
+def structs(head_dim=64, dtype=jnp.bfloat16, heads_k=2, seqlen_q=100):
+    q = jax.ShapeDtypeStruct((2, seqlen_q, 4, head_dim), dtype)
     k = jax.ShapeDtypeStruct((2, 120, heads_k, head_dim), dtype)
     return q, k, k
 
@@ -38,6 +38,15 @@ def test_tiles_of_a_named_architecture(architecture):
     assert architecture in text
     assert found.forward in text
     assert found.backward in text
+
+
+def test_short_masked_sequences_have_tiles_of_their_own():
+    short, longest_short, long, unmasked = (
+        explain(*structs(seqlen_q=seqlen), architecture="sm_90", causal=causal).forward
+        for seqlen, causal in ((100, True), (1024, True), (1025, True), (100, False))
+    )
+    assert short == longest_short != long
+    assert long == unmasked
 
 
 def test_takes_every_argument_of_a_call():
