@@ -62,7 +62,9 @@ class FakeNative:
             raise RuntimeError("the compiler gave up")
         self.specs.add(tuple(spec.items()))
         tiles = self.tiles(operation, spec, dtype, head_dim, architecture, seqlen_q)
-        source = f"{operation}-{dtype}-{tiles}-{hash(tuple(spec.items()))}"
+        source = "-".join(
+            map(str, (operation, dtype, head_dim, tiles, hash(tuple(spec.items()))))
+        )
         file = self.directory / f"{architecture}-{source}.cubin"
         from_disk = file.exists()
         if self.can_write:

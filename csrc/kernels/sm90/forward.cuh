@@ -137,6 +137,7 @@ __device__ __forceinline__ void produce(const Sm90ForwardParams& params,
   using KeyTile = typename Shapes::KeyTile;
   const AttentionParams& attention = params.forward.attention;
   const attention::VisibleRange<Config> range(attention);
+  const int group = attention.heads / attention.heads_k;
   typename Shapes::QueryPosition query;
   typename Shapes::KeyPosition key;
   typename Shapes::ValuePosition value;
@@ -144,18 +145,18 @@ __device__ __forceinline__ void produce(const Sm90ForwardParams& params,
   const auto next_place = [&] {
     return order.valid() ? order.place() : Place{Stages::kNoTile, 0, 0};
   };
-  // The keys of a query tile: which tiles, and where they lie.
+  // The keys of a query tile: which tiles, and where they lie. Worked out once for all of them:
+  // what stands between the wait for a stage and its copy, all consumers wait for (docs/tuning.md).
   struct Keys {
-    int first;  // of the first tile
-    int last;   // of the last tile
+    int first;  // key of the first tile
+    int last;   // key of the last tile
     int head;
     int k_batch;
     int v_batch;
   };
   const auto keys_of = [&](const Place& place) -> Keys {
     const attention::Range tiles = range.key_tiles(place.tile * Config::kTileQ);
-    return {tiles.begin * Config::kTileK, (tiles.end - 1) * Config::kTileK,
-            place.head * attention.heads_k / attention.heads,
+    return {tiles.begin * Config::kTileK, (tiles.end - 1) * Config::kTileK, place.head / group,
             attention::own_batch(place.batch, attention.k.batches),
             attention::own_batch(place.batch, attention.v.batches)};
   };
@@ -191,8 +192,8 @@ __device__ __forceinline__ void produce(const Sm90ForwardParams& params,
   Place place = next_place();
   load_query(place);
   Keys keys = keys_of(place);
-  const auto load_first_key = [&](const Place& place) {
-    if (place.tile != Stages::kNoTile && keys.first <= keys.last) load_key(keys, keys.last);
+  const auto load_first_key = [&](const Place& of) {
+    if (of.tile != Stages::kNoTile && keys.first <= keys.last) load_key(keys, keys.last);
   };
   load_first_key(place);
 #pragma unroll 1
