@@ -19,7 +19,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from tqdm import tqdm
@@ -39,6 +39,8 @@ _BARRIER_BYTES = 1024
 """Barriers and places take less."""
 _REGISTERS = {2: 240, 3: 160}
 """Of a thread, by the number of consumer warpgroups."""
+_DQ_REGISTERS = 216
+"""The same where dq is computed by itself."""
 _REGISTERS_BESIDE = 30
 """What a consumer needs besides accumulators and probabilities, at least."""
 
@@ -47,13 +49,15 @@ _REGISTERS_BESIDE = 30
 class Tiles:
     """One choice of tiles; the fields are those of csrc/launchers/sm90_tiles.h."""
 
+    family: ClassVar[str] = "sm90"
+
     def __str__(self) -> str:
         return ", ".join(map(str, dataclasses.astuple(self)))
 
     @property
     def text(self) -> str:
         """As `jax_flash_attn.testing.override_tiles` takes it."""
-        return f"sm90:{','.join(map(str, dataclasses.astuple(self)))}"
+        return f"{self.family}:{','.join(map(str, dataclasses.astuple(self)))}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +86,7 @@ class ForwardTiles(Tiles):
 
 @dataclasses.dataclass(frozen=True)
 class BackwardTiles(Tiles):
-    """Tiles of sm90/backward.cuh, and with 64 keys of sm90/wide_backward.cuh."""
+    """Tiles of sm90/backward.cuh."""
 
     tile_q: int
     tile_k: int
@@ -91,16 +95,50 @@ class BackwardTiles(Tiles):
 
     def fits(self, head_dim: int) -> bool:
         """Returns whether there is a kernel for it, and shared memory."""
-        is_wide = self.tile_k == 64
-        if (head_dim <= 64) if is_wide else (head_dim > 128):
+        if head_dim > (64 if self.tile_q == 128 else 128):
             return False
         stages = self.query_stages + self.dout_stages
         rows = 2 * self.tile_k + stages * self.tile_q
         dscores = 2 * 2 * self.tile_q * self.tile_k
-        fp32_columns = 2 * 64 + self.tile_k if is_wide else -(-head_dim // 16) * 16
+        fp32_columns = -(-head_dim // 16) * 16
         needed = 2 * rows * _panel_columns(head_dim) + dscores
         needed += 4 * self.tile_q * (fp32_columns + stages)
         return needed <= _SHARED_BYTES - _BARRIER_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitBackwardTiles(Tiles):
+    """Tiles of sm90/key_gradient.cuh (64 keys: wide_) and sm90/query_gradient.cuh."""
+
+    family: ClassVar[str] = "sm90split"
+    tile_q: int
+    tile_k: int
+    query_stages: int
+    dout_stages: int
+    dq_tile_q: int
+    dq_tile_k: int
+    dq_query_stages: int
+    dq_key_stages: int
+    dq_value_stages: int
+
+    def fits(self, head_dim: int) -> bool:
+        """Returns whether there are kernels for it, and shared memory."""
+        is_wide = self.tile_k == 64
+        if (head_dim <= 64) if is_wide else (head_dim > 128):
+            return False
+        stages = self.query_stages + self.dout_stages
+        rows = (1 if is_wide else 2) * 2 * self.tile_k + stages * self.tile_q
+        probs = 2 * 4 * self.tile_q * self.tile_k if is_wide else 0
+        dq_rows = 2 * self.dq_query_stages * self.dq_tile_q
+        dq_rows += (self.dq_key_stages + self.dq_value_stages) * self.dq_tile_k
+        row_bytes = 2 * _panel_columns(head_dim)
+        needed = max(
+            rows * row_bytes + probs + 4 * stages * self.tile_q,
+            dq_rows * row_bytes + 2 * 8 * self.dq_tile_q,
+        )
+        dq_registers = -(-head_dim // 16) * 8 + self.dq_tile_k * 5 // 4
+        fits_registers = dq_registers + _REGISTERS_BESIDE <= _DQ_REGISTERS
+        return needed <= _SHARED_BYTES - _BARRIER_BYTES and fits_registers
 
 
 def _panel_columns(head_dim: int) -> int:
@@ -124,10 +162,23 @@ def forward_candidates(head_dim: int) -> Iterator[ForwardTiles]:
 
 def backward_candidates(head_dim: int) -> Iterator[BackwardTiles]:
     """Yields the tiles worth trying for a head dim."""
-    for tile_k, query_stages, dout_stages in itertools.product(
-        (128, 64), (1, 2, 3), (1, 2, 3)
+    for tile_q, query_stages, dout_stages in itertools.product(
+        (64, 128), (1, 2, 3), (1, 2, 3)
     ):
-        candidate = BackwardTiles(64, tile_k, query_stages, dout_stages)
+        candidate = BackwardTiles(tile_q, 128, query_stages, dout_stages)
+        if candidate.fits(head_dim):
+            yield candidate
+
+
+def split_backward_candidates(head_dim: int) -> Iterator[SplitBackwardTiles]:
+    """Yields the tiles worth trying for a head dim."""
+    some_stages = ((2, 2), (3, 2), (3, 3), (4, 4))
+    for tile_k, stages, dq_tile_k, dq_query_stages, dq_stages in itertools.product(
+        (128, 64), some_stages, (32, 48, 64, 96), (2, 1), some_stages
+    ):
+        candidate = SplitBackwardTiles(
+            64, tile_k, *stages, 128, dq_tile_k, dq_query_stages, *dq_stages
+        )
         if candidate.fits(head_dim):
             yield candidate
 
@@ -135,21 +186,29 @@ def backward_candidates(head_dim: int) -> Iterator[BackwardTiles]:
 CANDIDATES: Mapping[str, Callable[[int], Iterator[Tiles]]] = {
     "forward": forward_candidates,
     "backward": backward_candidates,
+    "split_backward": split_backward_candidates,
 }
 TILES: Mapping[str, Callable[..., Tiles]] = {
     "forward": ForwardTiles,
     "backward": BackwardTiles,
+    "split_backward": SplitBackwardTiles,
 }
+OPERATIONS = {
+    "forward": "forward",
+    "backward": "backward",
+    "split_backward": "backward",
+}
+"""Of a table, what its tiles compute."""
 MODES = {"forward": "fwd", "backward": "bwd"}
 """What the benchmark calls timing an operation."""
 
 
 def table_row(
-    head_dim: int, features: str, candidate: Tiles, *, short: bool = False
+    head_dim: int, features: str, candidate: Tiles, max_seqlen_q: int | None = None
 ) -> str:
-    """Returns a row of csrc/launchers/sm90_tiles.cc; short: for short lengths only."""
-    lengths = ", Lengths::kShort" if short else ""
-    return f"    {{{head_dim}, Features::{features}, {{{candidate}}}{lengths}}},"
+    """Returns a row of csrc/launchers/sm90_tiles.cc, for some lengths or for all."""
+    limit = f", {max_seqlen_q}" if max_seqlen_q else ""
+    return f"    {{{head_dim}, Features::{features}, {{{candidate}}}{limit}}},"
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -227,11 +286,12 @@ def _speeds(
     """TFLOP/s of the candidates whose results are right."""
     operands = arrays.make(workload)
     checker = Checker(workload, operands)
-    mode = MODES[options.operation]
+    operation = OPERATIONS[options.operation]
+    mode = MODES[operation]
     flops = workloads.flops(workload, mode)
     running: dict[Tiles, tuple[Ours, timing.Sampler]] = {}
     for candidate in tqdm(among, f"check {workload.name}"):
-        ours = Ours(candidate.text, forced={options.operation: candidate.text})
+        ours = Ours(candidate.text, forced={operation: candidate.text})
         with ours.running():
             verdict = checker.verdict(ours, mode)
             if verdict.status != "ok":
@@ -261,7 +321,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tune", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--operation", choices=tuple(TILES), default="forward")
+    add(
+        "--operation",
+        choices=tuple(TILES),
+        default="forward",
+        help="split_backward: dq by itself, dk and dv by themselves",
+    )
     add("--head-dim", type=int, default=128, metavar="D", help="default: %(default)s")
     add("--mask", choices=("full", "causal"), default="causal")
     add(
@@ -280,20 +345,25 @@ def _parser() -> argparse.ArgumentParser:
 def _chosen(options: argparse.Namespace) -> list[Tiles]:
     if not options.tiles:
         return list(CANDIDATES[options.operation](options.head_dim))
-    numbers = (text.removeprefix("sm90:") for text in options.tiles.split(";"))
+    numbers = (text.split(":")[-1] for text in options.tiles.split(";"))
     return [TILES[options.operation](*map(int, text.split(","))) for text in numbers]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tuner's command line; returns 0, 1 where nothing could be tuned."""
     options = _parser().parse_args(argv)
+    chosen = _chosen(options)
+    if not chosen:
+        asked = f"{options.operation} tiles fit {options.head_dim}"
+        print(f"No {asked}.", file=sys.stderr)
+        return 1
     if not on_gpu() or jax.devices()[0].compute_capability != "9.0":
         print("tune needs a GPU of compute capability 9.0.", file=sys.stderr)
         return 1
     lengths = [int(text) for text in options.seqlens.split(",")]
     tried = [_workload(options.head_dim, seqlen, options) for seqlen in lengths]
     among = clean_candidates(
-        options.operation, options.head_dim, tried[0], _chosen(options)
+        OPERATIONS[options.operation], options.head_dim, tried[0], chosen
     )
     by_length = [_speeds(workload, among, options) for workload in tried]
     speeds = {
@@ -309,8 +379,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{geometric_mean(speeds[candidate]):6.1f}   {figures}   {candidate}")
     kind = "kAny" if options.features == "any" else "kPlain"
     kind = "kFull" if options.mask == "full" and kind == "kPlain" else kind
-    short = max(lengths) <= _ffi.native.short_seqlen
-    print(table_row(options.head_dim, kind, winner(speeds), short=short))
+    longest = [x for x in _ffi.native.seqlen_limits if x >= max(lengths)]
+    limit = longest[0] if longest else None
+    print(table_row(options.head_dim, kind, winner(speeds), limit))
     return 0
 
 

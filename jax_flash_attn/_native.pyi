@@ -10,7 +10,7 @@ def configure(
     version: str,
 ) -> None: ...
 
-short_seqlen: int
+seqlen_limits: tuple[int, ...]
 
 def tiles(
     operation: str,

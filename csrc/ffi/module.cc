@@ -93,7 +93,7 @@ StatusOr<Kernels> specialize(const std::string& operation, const AttentionSpec& 
   }
   if (!forced) forced = launchers::backward_override();
   JFA_ASSIGN_OR_RETURN(auto backward, launchers::specialize_backward(spec, shape, target, forced));
-  return Kernels{backward.tiles, {backward.preprocess, backward.main, backward.postprocess}};
+  return Kernels{backward.tiles, backward.kernels()};
 }
 
 // Where no length is given: longer than any row of the tile tables is limited to.
@@ -234,7 +234,9 @@ NB_MODULE(_native, module) {
   module.def("compile", &compile, nb::arg("operation"), nb::arg("spec"), nb::arg("dtype"),
              nb::arg("head_dim"), nb::arg("architecture"), nb::arg("fresh") = false,
              nb::arg("tiles") = "", nb::arg("seqlen_q") = kLongSeqlen);
-  module.attr("short_seqlen") = launchers::kShortSeqlen;
+  nb::list limits;
+  for (const std::int64_t limit : launchers::kSeqlenLimits) limits.append(limit);
+  module.attr("seqlen_limits") = nb::tuple(limits);
   module.def("devices", &devices);
   module.def("driver_version", &driver_version);
   module.def("nvrtc", &nvrtc);

@@ -1,8 +1,11 @@
 #include "launchers/backward.h"
 
+#include <algorithm>
 #include <future>
+#include <vector>
 
 #include "launchers/attention_params.h"
+#include "launchers/dealt_tiles.h"
 #include "launchers/plan_table.h"
 #include "launchers/specialization.h"
 #include "launchers/tensor_maps.h"
@@ -16,9 +19,10 @@ using runtime::StatusOr;
 
 struct BackwardPlan {
   BackwardSpecialization specialization;
-  const runtime::Kernel* preprocess;
+  const runtime::Kernel* first;
   const runtime::Kernel* main;
-  const runtime::Kernel* postprocess;
+  const runtime::Kernel* postprocess;  // null where there is none
+  int multiprocessors;
 };
 
 // Leaked on purpose: other threads may still launch while the process ends.
@@ -34,20 +38,21 @@ StatusOr<BackwardPlan> make_plan(const BackwardCall& call) {
       specialize_backward(call.spec, call.shape, device.target, backward_override()));
   // Compiling needs no context, so the two small kernels compile beside the large one; their
   // failures come back through load().
-  const auto compile = [](const KernelSpecialization* kernel) {
+  const auto compile = [](const KernelSpecialization& kernel) {
     return std::async(std::launch::async,
-                      [kernel] { (void)runtime::kernel_cache().cubin(kernel->request); });
+                      [&kernel] { (void)runtime::kernel_cache().cubin(kernel.request); });
   };
-  const auto preprocess_compiled = compile(&specialization.preprocess);
-  const auto postprocess_compiled = compile(&specialization.postprocess);
+  const std::vector<KernelSpecialization> kernels = specialization.kernels();
+  std::vector<std::future<void>> compiled;
+  for (const KernelSpecialization& kernel : kernels) compiled.push_back(compile(kernel));
   JFA_ASSIGN_OR_RETURN(const runtime::Kernel* main, load(specialization.main, device.ordinal));
-  JFA_ASSIGN_OR_RETURN(const runtime::Kernel* preprocess,
-                       load(specialization.preprocess, device.ordinal));
-  JFA_ASSIGN_OR_RETURN(const runtime::Kernel* postprocess,
-                       load(specialization.postprocess, device.ordinal));
-  preprocess_compiled.wait();
-  postprocess_compiled.wait();
-  return BackwardPlan{std::move(specialization), preprocess, main, postprocess};
+  JFA_ASSIGN_OR_RETURN(const runtime::Kernel* first, load(specialization.first, device.ordinal));
+  const runtime::Kernel* postprocess = nullptr;
+  if (specialization.postprocess) {
+    JFA_ASSIGN_OR_RETURN(postprocess, load(*specialization.postprocess, device.ordinal));
+  }
+  JFA_ASSIGN_OR_RETURN(const runtime::DeviceInfo* info, runtime::device_info(device.ordinal));
+  return BackwardPlan{std::move(specialization), first, main, postprocess, info->multiprocessors};
 }
 
 jfa::BackwardParams backward_params(const BackwardCall& call) {
@@ -76,22 +81,42 @@ jfa::BackwardParams backward_params(const BackwardCall& call) {
   return params;
 }
 
-StatusOr<jfa::Sm90BackwardParams> sm90_params(const BackwardCall& call,
-                                              const BackwardSpecialization& specialization,
-                                              const jfa::BackwardParams& backward) {
+// With boxes of these tiles.
+Status fill_sm90_params(jfa::Sm90BackwardParams& params, const BackwardCall& call, int tile_q,
+                        int tile_k) {
   const AttentionShape& shape = call.shape;
-  jfa::Sm90BackwardParams params{};
-  params.backward = backward;
   const auto fill = [&](jfa::TensorMap& map, const jfa::TensorView& view, std::int64_t seqlen,
                         std::int64_t heads, int rows) {
     return fill_tensor_map(map, view, seqlen, heads, shape.head_dim, rows);
   };
-  JFA_RETURN_IF_ERROR(fill(params.q, call.q, shape.seqlen_q, shape.heads, specialization.tile_q));
+  JFA_RETURN_IF_ERROR(fill(params.q, call.q, shape.seqlen_q, shape.heads, tile_q));
+  JFA_RETURN_IF_ERROR(fill(params.dout, call.dout, shape.seqlen_q, shape.heads, tile_q));
+  JFA_RETURN_IF_ERROR(fill(params.k, call.k, shape.seqlen_k, shape.heads_k, tile_k));
+  return fill(params.v, call.v, shape.seqlen_k, shape.heads_k, tile_k);
+}
+
+// dq by itself, which also leaves the statistics for dk and dv; then these.
+Status run_split(const BackwardCall& call, const BackwardPlan& plan,
+                 const jfa::BackwardParams& backward, runtime::CUstream stream) {
+  const AttentionShape& shape = call.shape;
+  const BackwardSpecialization& specialization = plan.specialization;
+  const std::int64_t multiprocessors = plan.multiprocessors;
+  jfa::Sm90DealtBackwardParams dq{};
+  dq.backward = backward;
+  dq.tiles = deal_query_tiles(shape, specialization.dq_tile_q);
   JFA_RETURN_IF_ERROR(
-      fill(params.dout, call.dout, shape.seqlen_q, shape.heads, specialization.tile_q));
-  JFA_RETURN_IF_ERROR(fill(params.k, call.k, shape.seqlen_k, shape.heads_k, specialization.tile_k));
-  JFA_RETURN_IF_ERROR(fill(params.v, call.v, shape.seqlen_k, shape.heads_k, specialization.tile_k));
-  return params;
+      fill_sm90_params(dq, call, specialization.dq_tile_q, specialization.dq_tile_k));
+  const std::int64_t query_tiles = dq.tiles.of_head * shape.batch * shape.heads;
+  JFA_RETURN_IF_ERROR(launch(*plan.first, specialization.first,
+                             std::min(multiprocessors, query_tiles), stream, &dq));
+
+  jfa::Sm90DealtBackwardParams dk_dv{};
+  dk_dv.backward = backward;
+  dk_dv.tiles = deal_key_tiles(shape, specialization.tile_k);
+  JFA_RETURN_IF_ERROR(fill_sm90_params(dk_dv, call, specialization.tile_q, specialization.tile_k));
+  const std::int64_t key_tiles = dk_dv.tiles.of_head * shape.batch * shape.heads_k;
+  return launch(*plan.main, specialization.main, std::min(multiprocessors, key_tiles), stream,
+                &dk_dv);
 }
 
 }  // namespace
@@ -116,19 +141,22 @@ Status run_backward(const BackwardCall& call, runtime::CUstream stream) {
   const BackwardSpecialization& specialization = plan->specialization;
   const jfa::BackwardParams params = backward_params(call);
   const std::int64_t query_heads = call.shape.batch * call.shape.heads;
-  JFA_RETURN_IF_ERROR(launch(*plan->preprocess, specialization.preprocess,
+  if (specialization.family == Family::kSm90Split) return run_split(call, *plan, params, stream);
+  JFA_RETURN_IF_ERROR(launch(*plan->first, specialization.first,
                              params.padded_rows / jfa::kWorkspaceRowMultiple * query_heads, stream,
                              &params));
   const std::int64_t key_tiles =
       ceil_div(call.shape.seqlen_k, specialization.tile_k) * call.shape.batch * call.shape.heads_k;
-  if (specialization.family == Family::kSm90 && key_tiles > 0) {
-    JFA_ASSIGN_OR_RETURN(const jfa::Sm90BackwardParams sm90,
-                         sm90_params(call, specialization, params));
+  if (specialization.family == Family::kSm90) {
+    jfa::Sm90BackwardParams sm90{};
+    sm90.backward = params;
+    JFA_RETURN_IF_ERROR(fill_sm90_params(sm90, call, specialization.tile_q, specialization.tile_k));
     JFA_RETURN_IF_ERROR(launch(*plan->main, specialization.main, key_tiles, stream, &sm90));
   } else {
     JFA_RETURN_IF_ERROR(launch(*plan->main, specialization.main, key_tiles, stream, &params));
   }
-  return launch(*plan->postprocess, specialization.postprocess,
+  if (plan->postprocess == nullptr) return Status();
+  return launch(*plan->postprocess, *specialization.postprocess,
                 ceil_div(call.shape.seqlen_q, specialization.tile_q) * query_heads, stream,
                 &params);
 }

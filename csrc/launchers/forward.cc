@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "launchers/attention_params.h"
+#include "launchers/dealt_tiles.h"
 #include "launchers/plan_table.h"
 #include "launchers/specialization.h"
 #include "launchers/tensor_maps.h"
@@ -13,15 +14,6 @@ namespace {
 
 using runtime::Status;
 using runtime::StatusOr;
-
-// Of the keys and values that are walked again and again, so much stays in L2 beside the rest: of
-// 50 MB on the smallest Hopper part, a little more than half. Short sequences wait for memory, and
-// are up to 12% faster where less is kept at a time; longer ones are up to 5% slower, since a
-// section of few tiles leaves multiprocessors idle at its end (docs/tuning.md).
-std::int64_t key_bytes_in_l2(std::int64_t seqlen_k) {
-  constexpr std::int64_t kShort = 1024;
-  return std::int64_t{seqlen_k <= kShort ? 16 : 32} << 20;
-}
 
 struct ForwardPlan {
   ForwardSpecialization specialization;
@@ -61,11 +53,7 @@ Status run_sm90(const ForwardCall& call, const ForwardPlan& plan, const jfa::For
                                       shape.head_dim, specialization.tile_k));
   JFA_RETURN_IF_ERROR(fill_tensor_map(params.v, call.v, shape.seqlen_k, shape.heads_k,
                                       shape.head_dim, specialization.tile_k));
-  const std::int64_t group = shape.heads / shape.heads_k;
-  const std::int64_t key_bytes = std::max<std::int64_t>(1, 4 * shape.seqlen_k * shape.head_dim);
-  params.query_tiles = static_cast<int>(query_tiles);
-  params.section_heads = static_cast<int>(std::min(
-      heads, std::max<std::int64_t>(1, key_bytes_in_l2(shape.seqlen_k) / key_bytes) * group));
+  params.tiles = deal_query_tiles(shape, specialization.tile_q);
   return launch(*plan.kernel, specialization.main,
                 std::min<std::int64_t>(plan.multiprocessors, query_tiles * heads), stream, &params);
 }

@@ -14,9 +14,8 @@ PlanKey plan_key(const AttentionSpec& spec, const AttentionShape& shape, int dev
       spec.dropout(),
       spec.softmax_scale > 0.0,
       spec.deterministic,
-      is_short(shape),
   };
-  std::int32_t features = 0;
+  std::int32_t features = length_class(shape.seqlen_q);
   for (const bool bit : bits) features = 2 * features + (bit ? 1 : 0);
   return {{device, tile_setting(), static_cast<std::int32_t>(shape.head_dim), features}};
 }

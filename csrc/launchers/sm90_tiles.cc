@@ -1,5 +1,6 @@
 #include "launchers/sm90_tiles.h"
 
+#include <algorithm>
 #include <cstddef>
 
 #include "launchers/tile_table.h"
@@ -15,18 +16,14 @@ struct Row {
   int max_head_dim;
   Features features;
   Tiles tiles;
-  Lengths lengths = Lengths::kAny;
-
-  bool serves_length(const AttentionShape& shape) const {
-    return lengths == Lengths::kAny || is_short(shape);
-  }
+  std::int64_t max_seqlen_q = kAnySeqlen;  // one of kSeqlenLimits
 };
 
 // Rows are tried from the top; the first that serves the head dim, the features and the length is
 // taken.
 //                                tile_q  tile_k  query, key, value stages  prob_buffers
 constexpr Row<ForwardTiles> kForward[] = {
-    {64, Features::kMasked, {128, 128, 2, 3, 3, 2}, Lengths::kShort},
+    {64, Features::kMasked, {128, 128, 2, 3, 3, 2}, 1024},
     {48, Features::kNoDropout, {192, 128, 2, 2, 2, 1}},
     {48, Features::kAny, {192, 96, 2, 2, 2, 1}},
     {64, Features::kAny, {192, 128, 2, 2, 2, 1}},
@@ -35,15 +32,31 @@ constexpr Row<ForwardTiles> kForward[] = {
     {192, Features::kFull, {128, 96, 1, 2, 2, 2}},
     {192, Features::kNoDropout, {128, 112, 1, 2, 2, 1}},
     {192, Features::kAny, {128, 64, 2, 2, 2, 1}},
+    {kAnyHeadDim, Features::kMasked, {128, 64, 1, 2, 2, 1}, 1024},
     {kAnyHeadDim, Features::kNoDropout, {128, 80, 1, 2, 2, 1}},
     {kAnyHeadDim, Features::kAny, {128, 48, 2, 2, 2, 1}},
 };
 
 //                                 tile_q  tile_k  query, dout stages
 constexpr Row<BackwardTiles> kBackward[] = {
-    {96, Features::kAny, {64, 128, 2, 2}},         {128, Features::kNoDropout, {64, 128, 2, 2}},
-    {128, Features::kNoSoftcap, {64, 128, 2, 2}},  {192, Features::kAny, {64, 64, 2, 2}},
-    {kAnyHeadDim, Features::kAny, {64, 64, 2, 1}},
+    {64, Features::kPlain, {128, 128, 2, 2}},
+    {96, Features::kAny, {64, 128, 2, 2}},
+    {128, Features::kNoDropout, {64, 128, 2, 2}},
+    {128, Features::kNoSoftcap, {64, 128, 2, 2}},
+};
+
+// For what kBackward leaves, deterministic calls and short sequences.
+//                                      tile_q  tile_k  query, dout stages; of dq: tile_q  tile_k
+//                                      query, key, value stages
+constexpr Row<SplitBackwardTiles> kSplitBackward[] = {
+    {64, Features::kAny, {64, 128, 4, 4, 128, 64, 2, 4, 4}},
+    {96, Features::kAny, {64, 128, 3, 3, 128, 64, 1, 3, 2}},
+    {128, Features::kPlain, {64, 128, 3, 3, 128, 64, 1, 3, 2}},
+    {128, Features::kNoDropout, {64, 128, 3, 2, 128, 64, 1, 3, 2}},
+    {128, Features::kAny, {64, 64, 3, 3, 128, 48, 2, 3, 3}},
+    {192, Features::kNoDropout, {64, 64, 3, 3, 128, 64, 1, 3, 2}},
+    {192, Features::kAny, {64, 64, 3, 3, 128, 48, 1, 3, 3}},
+    {kAnyHeadDim, Features::kAny, {64, 64, 2, 2, 128, 32, 1, 3, 3}},
 };
 
 template <typename Tiles, std::size_t kRows, typename SharedBytes>
@@ -52,7 +65,8 @@ StatusOr<Tiles> choose(const Row<Tiles> (&rows)[kRows], const AttentionSpec& spe
                        SharedBytes shared_bytes) {
   const int head_dim = static_cast<int>(shape.head_dim);
   for (const Row<Tiles>& row : rows) {
-    if (head_dim <= row.max_head_dim && serves(row.features, spec) && row.serves_length(shape) &&
+    if (head_dim <= row.max_head_dim && serves(row.features, spec) &&
+        shape.seqlen_q <= row.max_seqlen_q &&
         shared_bytes(row.tiles, head_dim) <= target.shared_bytes)
       return row.tiles;
   }
@@ -60,6 +74,32 @@ StatusOr<Tiles> choose(const Row<Tiles> (&rows)[kRows], const AttentionSpec& spe
                                std::to_string(head_dim) + " in " +
                                std::to_string(target.shared_bytes) + " bytes of shared memory.");
 }
+
+// Up to how many queries the split backward is the faster one where both serve. Its two products
+// more cost the same at every length; what it saves weighs less, the longer the walk of a CTA.
+// Dropout is drawn twice. Measurements are in docs/tuning.md.
+constexpr std::int64_t kSplitNarrow = 512;  // head dims up to 64
+constexpr std::int64_t kSplitWide = 1024;
+constexpr std::int64_t kSplitWideMasked = 2048;
+static_assert(is_seqlen_limit(kSplitNarrow) && is_seqlen_limit(kSplitWide) &&
+                  is_seqlen_limit(kSplitWideMasked),
+              "calls of one plan run the same kernels");
+
+std::int64_t split_seqlen(const AttentionSpec& spec, std::int64_t head_dim) {
+  if (spec.dropout()) return -1;
+  if (head_dim <= 64) return kSplitNarrow;
+  return spec.windowed() ? kSplitWideMasked : kSplitWide;
+}
+
+template <typename Tiles, std::size_t kRows>
+constexpr bool limits_are_known(const Row<Tiles> (&rows)[kRows]) {
+  for (const Row<Tiles>& row : rows)
+    if (!is_seqlen_limit(row.max_seqlen_q)) return false;
+  return true;
+}
+static_assert(limits_are_known(kForward) && limits_are_known(kBackward) &&
+                  limits_are_known(kSplitBackward),
+              "calls of one plan run the same kernels");
 
 }  // namespace
 
@@ -71,6 +111,55 @@ StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec, const AttentionS
 StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, const AttentionShape& shape,
                                        const Target& target) {
   return choose(kBackward, spec, shape, target, backward_shared_bytes);
+}
+
+bool splits_backward(const AttentionSpec& spec, const AttentionShape& shape, const Target& target) {
+  return spec.deterministic || shape.seqlen_q <= split_seqlen(spec, shape.head_dim) ||
+         !backward_tiles(spec, shape, target).ok();
+}
+
+StatusOr<SplitBackwardTiles> split_backward_tiles(const AttentionSpec& spec,
+                                                  const AttentionShape& shape,
+                                                  const Target& target) {
+  return choose(kSplitBackward, spec, shape, target, split_backward_shared_bytes);
+}
+
+int query_gradient_shared_bytes(const SplitBackwardTiles& tiles, int head_dim) {
+  const int places = 2 * 16 * tiles.dq_query_stages;
+  constexpr int kStatisticsStages = 2;
+  const int statistics = kStatisticsStages * tiles.dq_tile_q * 8;
+  const int barriers =
+      2 * 8 *
+      (tiles.dq_query_stages + tiles.dq_key_stages + tiles.dq_value_stages + kStatisticsStages);
+  return 2 * tiles.dq_query_stages * tile_bytes(tiles.dq_tile_q, head_dim) +
+         (tiles.dq_key_stages + tiles.dq_value_stages) * tile_bytes(tiles.dq_tile_k, head_dim) +
+         places + barriers + statistics;
+}
+
+int key_gradient_shared_bytes(const SplitBackwardTiles& tiles, int head_dim) {
+  const int stages = tiles.query_stages + tiles.dout_stages;
+  const int statistics = stages * tiles.tile_q * 4;
+  const int key_stages = is_wide(tiles) ? 1 : 2;
+  constexpr int kPlaces = 2 * 16;
+  // The wide kernel exchanges probabilities, and has one barrier more for v.
+  const int probs_stages = is_wide(tiles) ? 2 : 0;
+  const int barriers = 2 * 8 * (stages + 2 + probs_stages);
+  return key_stages * 2 * tile_bytes(tiles.tile_k, head_dim) +
+         stages * tile_bytes(tiles.tile_q, head_dim) + statistics +
+         probs_stages * tiles.tile_q * tiles.tile_k * 4 + kPlaces + barriers;
+}
+
+int split_backward_shared_bytes(const SplitBackwardTiles& tiles, int head_dim) {
+  return std::max(query_gradient_shared_bytes(tiles, head_dim),
+                  key_gradient_shared_bytes(tiles, head_dim));
+}
+
+std::string describe(const SplitBackwardTiles& tiles) {
+  return "sm90 split, dk and dv " + std::to_string(tiles.tile_q) + "x" +
+         std::to_string(tiles.tile_k) + ", " + std::to_string(tiles.query_stages) + " + " +
+         std::to_string(tiles.dout_stages) + " stages, dq " + std::to_string(tiles.dq_tile_q) +
+         "x" + std::to_string(tiles.dq_tile_k) + ", " + std::to_string(tiles.dq_key_stages) +
+         " + " + std::to_string(tiles.dq_value_stages) + " stages";
 }
 
 int forward_shared_bytes(const ForwardTiles& tiles, int head_dim) {
@@ -92,9 +181,8 @@ std::string describe(const ForwardTiles& tiles) {
 int backward_shared_bytes(const BackwardTiles& tiles, int head_dim) {
   const int stages = tiles.query_stages + tiles.dout_stages;
   const int statistics = stages * tiles.tile_q * 4;
-  const int barriers = 2 * 8 * (stages + (is_wide(tiles) ? 2 : 1));
-  // Parts of dq, on the way to their sums; the wide kernel exchanges probabilities besides.
-  const int fp32_columns = is_wide(tiles) ? 2 * 64 + tiles.tile_k : (head_dim + 15) / 16 * 16;
+  const int barriers = 2 * 8 * (stages + 1);
+  const int fp32_columns = (head_dim + 15) / 16 * 16;  // parts of dq, on the way to their sums
   return 2 * tile_bytes(tiles.tile_k, head_dim) + stages * tile_bytes(tiles.tile_q, head_dim) +
          2 * tile_bytes(tiles.tile_q, tiles.tile_k) + tiles.tile_q * fp32_columns * 4 + statistics +
          barriers;

@@ -20,9 +20,23 @@ struct ForwardTiles {
 
 struct BackwardTiles {
   int tile_q;
-  int tile_k;  // 128; or 64, for sm90/wide_backward.cuh
+  int tile_k;
   int query_stages;
   int dout_stages;
+};
+
+// dk and dv by themselves, as BackwardTiles (tile_k 64 is for sm90/wide_key_gradient.cuh); and dq
+// by itself, as ForwardTiles.
+struct SplitBackwardTiles {
+  int tile_q;
+  int tile_k;
+  int query_stages;
+  int dout_stages;
+  int dq_tile_q;
+  int dq_tile_k;
+  int dq_query_stages;  // of q and dout
+  int dq_key_stages;
+  int dq_value_stages;
 };
 
 // kUnimplemented where no row serves.
@@ -32,11 +46,19 @@ runtime::StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec,
 runtime::StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec,
                                                 const AttentionShape& shape, const Target& target);
 
+// Whether a call's dq is better computed by itself: two products more for each tile, but no sums in
+// memory that kernels before and behind must clear and round, and one order of additions.
+bool splits_backward(const AttentionSpec& spec, const AttentionShape& shape, const Target& target);
+
+runtime::StatusOr<SplitBackwardTiles> split_backward_tiles(const AttentionSpec& spec,
+                                                           const AttentionShape& shape,
+                                                           const Target& target);
+
 // Dynamic shared memory and threads of the kernel built from these tiles (sm90/forward.cuh).
 int forward_shared_bytes(const ForwardTiles& tiles, int head_dim);
 int forward_threads(const ForwardTiles& tiles);
-// Whether sm90/wide_backward.cuh is the kernel of these tiles, or sm90/backward.cuh.
-inline bool is_wide(const BackwardTiles& tiles) { return tiles.tile_k == 64; }
+// Whether sm90/wide_key_gradient.cuh is the kernel of dk and dv, or sm90/key_gradient.cuh.
+inline bool is_wide(const SplitBackwardTiles& tiles) { return tiles.tile_k == 64; }
 // Of the main and the postprocess kernel.
 int backward_shared_bytes(const BackwardTiles& tiles, int head_dim);
 int backward_postprocess_shared_bytes(const BackwardTiles& tiles, int head_dim);
@@ -45,5 +67,10 @@ constexpr int kBackwardPostprocessThreads = 256;
 
 std::string describe(const ForwardTiles& tiles);
 std::string describe(const BackwardTiles& tiles);
+// Of the kernel of dq, of that of dk and dv, and the larger of both.
+int query_gradient_shared_bytes(const SplitBackwardTiles& tiles, int head_dim);
+int key_gradient_shared_bytes(const SplitBackwardTiles& tiles, int head_dim);
+int split_backward_shared_bytes(const SplitBackwardTiles& tiles, int head_dim);
+std::string describe(const SplitBackwardTiles& tiles);
 
 }  // namespace jax_flash_attn::launchers::sm90

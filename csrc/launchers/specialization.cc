@@ -194,17 +194,69 @@ StatusOr<BackwardSpecialization> sm80_backward(const AttentionSpec& spec,
       tiles.tile_k,
       backward_preprocess(shape, target),
       {{source, target.architecture}, entry, tiles.warps * 32, shared_bytes},
-      {{postprocess, target.architecture},
-       postprocess_entry,
-       tiles.warps * 32,
-       sm80::backward_postprocess_shared_bytes(tiles, head_dim)}};
+      KernelSpecialization{{postprocess, target.architecture},
+                           postprocess_entry,
+                           tiles.warps * 32,
+                           sm80::backward_postprocess_shared_bytes(tiles, head_dim)}};
+}
+
+StatusOr<BackwardSpecialization> sm90_split_backward(const AttentionSpec& spec,
+                                                     const AttentionShape& shape,
+                                                     const Target& target,
+                                                     const std::optional<TileOverride>& forced) {
+  const int head_dim = static_cast<int>(shape.head_dim);
+  JFA_ASSIGN_OR_RETURN(const sm90::SplitBackwardTiles tiles,
+                       chosen_tiles(forced, spec, shape, target, sm90::split_backward_tiles,
+                                    sm90::split_backward_shared_bytes));
+  const auto config_of = [&](int tile_q, int tile_k) {
+    std::string config;
+    element_constants(config, shape);
+    constant(config, "kTileQ", tile_q);
+    constant(config, "kTileK", tile_k);
+    feature_constants(config, spec);
+    return config;
+  };
+  std::string dq_config = config_of(tiles.dq_tile_q, tiles.dq_tile_k);
+  constant(dq_config, "kQueryStages", tiles.dq_query_stages);
+  constant(dq_config, "kKeyStages", tiles.dq_key_stages);
+  constant(dq_config, "kValueStages", tiles.dq_value_stages);
+  const std::string dq_entry = "flash_query_gradient_sm90";
+  const int dq_threads = (tiles.dq_tile_q / 64 + 1) * 128;
+  const std::string dq_source =
+      program("sm90/query_gradient.cuh", dq_config, dq_threads, 1, dq_entry,
+              "Sm90DealtBackwardParams", "jfa::sm90::query_gradient<Config>(params, shared)");
+
+  std::string config = config_of(tiles.tile_q, tiles.tile_k);
+  constant(config, "kQueryStages", tiles.query_stages);
+  constant(config, "kDoutStages", tiles.dout_stages);
+  const std::string entry = "flash_key_gradient_sm90";
+  const std::string kernel = sm90::is_wide(tiles) ? "wide_key_gradient" : "key_gradient";
+  const std::string source =
+      program("sm90/" + kernel + ".cuh", config, sm90::kBackwardThreads, 1, entry,
+              "Sm90DealtBackwardParams", "jfa::sm90::" + kernel + "<Config>(params, shared)");
+  return BackwardSpecialization{Family::kSm90Split,
+                                sm90::describe(tiles),
+                                tiles.tile_q,
+                                tiles.tile_k,
+                                {{dq_source, kHopper},
+                                 dq_entry,
+                                 dq_threads,
+                                 sm90::query_gradient_shared_bytes(tiles, head_dim)},
+                                {{source, kHopper},
+                                 entry,
+                                 sm90::kBackwardThreads,
+                                 sm90::key_gradient_shared_bytes(tiles, head_dim)},
+                                std::nullopt,
+                                tiles.dq_tile_q,
+                                tiles.dq_tile_k};
 }
 
 StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
                                                const AttentionShape& shape, const Target& target,
                                                const std::optional<TileOverride>& forced) {
   if (spec.deterministic)
-    return Status::unimplemented("The sm90 family has no deterministic backward.");
+    return Status::unimplemented(
+        "The fused backward of the sm90 family is not deterministic; that of sm90split is.");
   const int head_dim = static_cast<int>(shape.head_dim);
   JFA_ASSIGN_OR_RETURN(
       const sm90::BackwardTiles tiles,
@@ -218,29 +270,34 @@ StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
   constant(config, "kQueryStages", tiles.query_stages);
   constant(config, "kDoutStages", tiles.dout_stages);
   feature_constants(config, spec);
-  const std::string kernel = sm90::is_wide(tiles) ? "wide_backward" : "backward";
-  const std::string file = "sm90/" + kernel + ".cuh";
-  const std::string function = "jfa::sm90::" + kernel;
+  const std::string file = "sm90/backward.cuh";
   const std::string postprocess_entry = "flash_backward_postprocess_sm90";
   const std::string postprocess =
       program(file, config, sm90::kBackwardPostprocessThreads, 1, postprocess_entry,
-              "BackwardParams", function + "_postprocess<Config>(params, shared)");
+              "BackwardParams", "jfa::sm90::backward_postprocess<Config>(params, shared)");
   const std::string entry = "flash_backward_sm90";
-  const std::string source = program(file, config, sm90::kBackwardThreads, 1, entry,
-                                     "Sm90BackwardParams", function + "<Config>(params, shared)");
-  return BackwardSpecialization{Family::kSm90,
-                                sm90::describe(tiles),
-                                tiles.tile_q,
-                                tiles.tile_k,
-                                backward_preprocess(shape, target),
-                                {{source, kHopper}, entry, sm90::kBackwardThreads, shared_bytes},
-                                {{postprocess, kHopper},
-                                 postprocess_entry,
-                                 sm90::kBackwardPostprocessThreads,
-                                 sm90::backward_postprocess_shared_bytes(tiles, head_dim)}};
+  const std::string source =
+      program(file, config, sm90::kBackwardThreads, 1, entry, "Sm90BackwardParams",
+              "jfa::sm90::backward<Config>(params, shared)");
+  return BackwardSpecialization{
+      Family::kSm90,
+      sm90::describe(tiles),
+      tiles.tile_q,
+      tiles.tile_k,
+      backward_preprocess(shape, target),
+      {{source, kHopper}, entry, sm90::kBackwardThreads, shared_bytes},
+      KernelSpecialization{{postprocess, kHopper},
+                           postprocess_entry,
+                           sm90::kBackwardPostprocessThreads,
+                           sm90::backward_postprocess_shared_bytes(tiles, head_dim)}};
 }
 
 }  // namespace
+
+std::vector<KernelSpecialization> BackwardSpecialization::kernels() const {
+  if (postprocess) return {first, main, *postprocess};
+  return {first, main};
+}
 
 StatusOr<Target> device_target(int compute_capability, int shared_bytes) {
   if (compute_capability < kOldestComputeCapability) {
@@ -295,15 +352,13 @@ StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
                                                      const Target& target,
                                                      const std::optional<TileOverride>& forced) {
   JFA_RETURN_IF_ERROR(check_head_dim(shape));
-  const auto has_sm90 = [&] {
-    return is_hopper(target) && !spec.deterministic &&
-           sm90::backward_tiles(spec, shape, target).ok();
-  };
-  if (forced ? forced->family == "sm90" : has_sm90()) {
-    JFA_RETURN_IF_ERROR(check_hopper(target));
-    return sm90_backward(spec, shape, target, forced);
-  }
-  return sm80_backward(spec, shape, target, forced);
+  const bool sm90 = forced ? forced->family != "sm80" : is_hopper(target);
+  if (!sm90) return sm80_backward(spec, shape, target, forced);
+  JFA_RETURN_IF_ERROR(check_hopper(target));
+  const bool split =
+      forced ? forced->family == "sm90split" : sm90::splits_backward(spec, shape, target);
+  return split ? sm90_split_backward(spec, shape, target, forced)
+               : sm90_backward(spec, shape, target, forced);
 }
 
 }  // namespace jax_flash_attn::launchers

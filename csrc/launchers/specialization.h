@@ -2,6 +2,7 @@
 // launch facts that depend on the tiles. Needs no GPU.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,7 +22,8 @@ struct KernelSpecialization {
   int shared_bytes;
 };
 
-enum class Family { kSm80, kSm90 };
+// kSm90Split: a backward whose dq has a kernel of its own.
+enum class Family { kSm80, kSm90, kSm90Split };
 
 struct ForwardSpecialization {
   Family family;
@@ -36,9 +38,13 @@ struct BackwardSpecialization {
   std::string tiles;
   int tile_q;
   int tile_k;
-  KernelSpecialization preprocess;
+  KernelSpecialization first;  // the preprocess kernel; of kSm90Split, that of dq
   KernelSpecialization main;
-  KernelSpecialization postprocess;
+  std::optional<KernelSpecialization> postprocess;
+  int dq_tile_q = 0;  // of kSm90Split's dq
+  int dq_tile_k = 0;
+
+  std::vector<KernelSpecialization> kernels() const;
 };
 
 // The target for a device's compute capability: the newest architecture of the same major version

@@ -29,6 +29,7 @@ constexpr Overridable kOverridable[] = {
     {"backward", "sm80", kNumbers<sm80::BackwardTiles>},
     {"forward", "sm90", kNumbers<sm90::ForwardTiles>},
     {"backward", "sm90", kNumbers<sm90::BackwardTiles>},
+    {"backward", "sm90split", kNumbers<sm90::SplitBackwardTiles>},
 };
 
 struct Overrides {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "launchers/attention_spec.h"
 
@@ -16,12 +17,21 @@ enum class Features { kFull, kPlain, kMasked, kNoDropout, kNoSoftcap, kAny };
 
 bool serves(Features features, const AttentionSpec& spec);
 
-// How many queries a row serves. A wide tile of queries on the diagonal of a causal mask computes
-// much that is hidden, the more the shorter the sequence.
-enum class Lengths { kShort, kAny };
-constexpr std::int64_t kShortSeqlen = 1024;
+// The numbers of queries up to which the tables may choose otherwise than beyond. A call's plan
+// serves all calls of its length class: how many of the limits are below its number of queries.
+constexpr std::int64_t kSeqlenLimits[] = {512, 1024, 2048};
+constexpr std::int64_t kAnySeqlen = std::numeric_limits<std::int64_t>::max();
 
-inline bool is_short(const AttentionShape& shape) { return shape.seqlen_q <= kShortSeqlen; }
+constexpr int length_class(std::int64_t seqlen_q) {
+  int passed = 0;
+  for (const std::int64_t limit : kSeqlenLimits) passed += seqlen_q > limit ? 1 : 0;
+  return passed;
+}
+
+// Whether a table may tell lengths apart there.
+constexpr bool is_seqlen_limit(std::int64_t seqlen) {
+  return seqlen == kAnySeqlen || length_class(seqlen) != length_class(seqlen + 1);
+}
 
 // tile/shared_tile.cuh: whole panels of 64 columns of 16-bit elements.
 constexpr int tile_bytes(int rows, int columns) { return rows * ((columns + 63) / 64) * 128; }

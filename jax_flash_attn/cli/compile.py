@@ -201,11 +201,11 @@ def _jobs(options: argparse.Namespace) -> Iterator[Job]:
             raise ValueError(obstacle)
         padded = _support.padded_head_dim(head_dim)
         target = (operation, _ffi.attributes(spec), dtype, padded, architecture)
-        short = _ffi.native.short_seqlen
+        limits = _ffi.native.seqlen_limits
         # Choosing tiles is quick and finds what no kernel can do.
         by_tiles = {
             _ffi.native.tiles(*target, seqlen_q=seqlen): seqlen
-            for seqlen in (short, short + 1)
+            for seqlen in (*limits, limits[-1] + 1)
         }
         for seqlen in by_tiles.values():
             yield Job(operation, spec, dtype, padded, architecture, seqlen)

@@ -48,7 +48,7 @@ def program(case, deterministic):
 
 @pytest.mark.parametrize(("row", "case"), CELLS)
 def test_row(row, case, expected):
-    # Of the backwards the sm80 family's alone can be deterministic.
+    # The fused backward on Hopper cannot be deterministic.
     run = program(
         case, deterministic=(row.family, row.operation) != ("sm90", "backward")
     )

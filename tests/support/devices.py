@@ -56,4 +56,4 @@ def imported(module: str, package: str) -> ModuleType:
 def has_family(family: str) -> bool:
     """Returns whether a kernel family runs here, or there is no GPU at all."""
     capabilities = {compute_capability(device) for device in cuda_devices()}
-    return family != "sm90" or not capabilities or (9, 0) in capabilities
+    return not family.startswith("sm90") or not capabilities or (9, 0) in capabilities

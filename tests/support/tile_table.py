@@ -5,11 +5,16 @@ import re
 from pathlib import Path
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "csrc" / "launchers"
-_ARRAYS = {"kForward": "forward", "kBackward": "backward"}
+_ARRAYS = {
+    "kForward": ("forward", ""),
+    "kBackward": ("backward", ""),
+    "kSplitBackward": ("backward", "split"),
+}
+"""The operation of a table, and what follows its family's name in an override."""
 _ARRAY = re.compile(r"constexpr Row\S* (\w+)\[\] = \{(.*?)\n\};", re.DOTALL)
 _ROW = re.compile(
     r"\{(?P<head_dim>\w+), (?:Chips::\w+, )?Features::(?P<features>\w+), "
-    r"\{(?P<numbers>[\d, ]+)\}(?:, Lengths::(?P<lengths>\w+))?\}"
+    r"\{(?P<numbers>[\d, ]+)\}(?:, (?P<max_seqlen_q>\d+))?\}"
 )
 _ANY_HEAD_DIM = 256
 
@@ -23,16 +28,26 @@ class Row:
     max_head_dim: int
     features: str
     numbers: tuple[int, ...]
-    lengths: str
+    max_seqlen_q: int | None
 
     def __str__(self) -> str:
         parts = (self.operation, self.max_head_dim, self.features, self.text)
-        return "_".join(map(str, parts)) + self.lengths.removeprefix("kAny")
+        limit = f"_{self.max_seqlen_q}" if self.max_seqlen_q else ""
+        return "_".join(map(str, parts)) + limit
 
     @property
     def text(self) -> str:
         """The tiles as `testing.override_tiles` takes them."""
         return f"{self.family}:{','.join(map(str, self.numbers))}"
+
+    @property
+    def described(self) -> tuple[str, ...]:
+        """What `explain` says of the tiles, in parts."""
+        tiles = "{}x{},".format(*self.numbers[:2])
+        if self.family == "sm90split":
+            dq_tiles = "dq {}x{},".format(*self.numbers[4:6])
+            return f"sm90 split, dk and dv {tiles}", dq_tiles
+        return (f"{self.family} {tiles}",)
 
     @property
     def serves_masks(self) -> bool:
@@ -67,13 +82,14 @@ def _rows_of(family):
         assert len(found) == body.count("Features::") > 0
         for row in found:
             any_head_dim = row["head_dim"] == "kAnyHeadDim"
+            operation, suffix = _ARRAYS[array]
             yield Row(
-                family,
-                _ARRAYS[array],
+                family + suffix,
+                operation,
                 _ANY_HEAD_DIM if any_head_dim else int(row["head_dim"]),
                 row["features"],
                 tuple(map(int, row["numbers"].split(","))),
-                row["lengths"] or "kAny",
+                int(row["max_seqlen_q"]) if row["max_seqlen_q"] else None,
             )
 
 

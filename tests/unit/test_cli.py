@@ -49,13 +49,13 @@ class FakeNative:
             raise RuntimeError("there is no driver")
         return self.device_rows
 
-    short_seqlen = 1024
+    seqlen_limits = (512, 1024)
 
     def tiles(self, operation, spec, dtype, head_dim, architecture, seqlen_q):
         if not architecture.startswith("sm_"):
             raise ValueError(f"architecture must be sm_80 or newer, got {architecture}")
         is_masked = spec["window_right"] >= 0
-        return "64x64" if is_masked and seqlen_q <= self.short_seqlen else "128x64"
+        return "64x64" if is_masked and seqlen_q <= self.seqlen_limits[-1] else "128x64"
 
     def compile(self, operation, spec, dtype, head_dim, architecture, seqlen_q):
         if head_dim == self.failing_head_dim:

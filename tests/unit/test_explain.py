@@ -49,6 +49,29 @@ def test_short_masked_sequences_have_tiles_of_their_own():
     assert long == unmasked
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "seqlen", "options", "is_split"),
+    [
+        (64, 512, {}, True),
+        (64, 513, {}, False),
+        (64, 512, {"dropout_p": 0.1, "dropout_rng": 0}, False),
+        (64, 513, {"deterministic": True}, True),
+        (128, 1024, {}, True),
+        (128, 1025, {}, False),
+        (128, 2048, {"causal": True}, True),
+        (128, 2049, {"causal": True}, False),
+        (256, 16384, {}, True),
+    ],
+)
+def test_when_dq_is_computed_by_itself(head_dim, seqlen, options, is_split):
+    if "dropout_rng" in options:
+        options = {**options, "dropout_rng": jax.random.key(0)}
+    operands = structs(head_dim=head_dim, seqlen_q=seqlen)
+    found = explain(*operands, architecture="sm_90", **options)
+    assert found.backward.startswith("sm90 split" if is_split else "sm90 ")
+    assert ("split" in found.backward) == is_split
+
+
 def test_takes_every_argument_of_a_call():
     found = explain(
         *structs(),

@@ -247,21 +247,21 @@ struct PairGradient {
   }
 };
 
-// Contains the rows of dq whose query tile starts at first_query. The key tiles that have added to
-// them are those with a visible pair, the same for a walk over queries as for one over keys.
-// Threads: `warps` whole warps, of which this one is number `warp`.
+// Contains the rows of dq of every stride-th of `queries`, which lie in the query tile that starts
+// at first_query. The key tiles that have added to them are those with a visible pair, the same for
+// a walk over queries as for one over keys. Threads: a whole warp.
 template <class Config>
 __device__ __forceinline__ void contain_dq(const BackwardParams& params, int batch, int head,
-                                           int first_query, int warp, int warps) {
+                                           int first_query, Range queries, int stride) {
   const AttentionParams& attention = params.attention;
   const VisibleRange<Config> range(attention);
   const Range tiles = range.key_tiles(first_query);
   const Range walked{tiles.begin * Config::kTileK,
                      min(tiles.end * Config::kTileK, attention.seqlen_k)};
   const int head_k = head / (attention.heads / attention.heads_k);
-  const int end_query = min(first_query + Config::kTileQ, attention.seqlen_q);
+  const int end_query = min(queries.end, attention.seqlen_q);
 #pragma unroll 1
-  for (int query = first_query + warp; query < end_query; query += warps) {
+  for (int query = queries.begin; query < end_query; query += stride) {
     RecomputedRow<Config> dq(row_address(params.dq, batch, head, query));
     if (dq.stored.is_finite()) continue;
     const QuerySide<Config> query_side(params, batch, head, query);
@@ -283,17 +283,17 @@ __device__ __forceinline__ void contain_dq(const BackwardParams& params, int bat
   }
 }
 
-// Contains the rows of dk and dv of a key head, whatever CTAs computed them.
-// Threads: `warps` whole warps, of which this one is number `warp`.
+// Contains the rows of dk and dv of every stride-th of `keys`, whatever CTAs computed them.
+// Threads: a whole warp.
 template <class Config>
 __device__ __forceinline__ void contain_dk_dv(const BackwardParams& params, int batch, int head_k,
-                                              int warp, int warps) {
+                                              Range keys, int stride) {
   const AttentionParams& attention = params.attention;
   const VisibleRange<Config> range(attention);
   const int group = attention.heads / attention.heads_k;
   const Range heads{head_k * group, (head_k + 1) * group};
 #pragma unroll 1
-  for (int key = warp; key < attention.seqlen_k; key += warps) {
+  for (int key = keys.begin; key < min(keys.end, attention.seqlen_k); key += stride) {
     RecomputedRow<Config> dk(row_address(params.dk, batch, head_k, key));
     RecomputedRow<Config> dv(row_address(params.dv, batch, head_k, key));
     if (dk.stored.is_finite() && dv.stored.is_finite()) continue;
@@ -336,7 +336,9 @@ __device__ __forceinline__ void contain_gradients(const BackwardParams& params,
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if (spoilt) {
       __syncthreads();  // contain_dq reads rows that other warps stored
-      contain_dq<Config>(params, place.batch, place.head, place.tile * Config::kTileQ, warp, warps);
+      const int first_query = place.tile * Config::kTileQ;
+      contain_dq<Config>(params, place.batch, place.head, first_query,
+                         {first_query + warp, first_query + Config::kTileQ}, warps);
     }
     // The CTAs of a group share the keys of its head.
     const int group = attention.heads / attention.heads_k;
@@ -344,7 +346,7 @@ __device__ __forceinline__ void contain_gradients(const BackwardParams& params,
     if (params.spoilt[place.batch * attention.heads + head_k * group] != 0) {
       const int query_tiles = (attention.seqlen_q + Config::kTileQ - 1) / Config::kTileQ;
       const int cta = place.head % group * query_tiles + place.tile;
-      contain_dk_dv<Config>(params, place.batch, head_k, cta * warps + warp,
+      contain_dk_dv<Config>(params, place.batch, head_k, {cta * warps + warp, attention.seqlen_k},
                             group * query_tiles * warps);
     }
   }

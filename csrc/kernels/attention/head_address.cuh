@@ -27,15 +27,18 @@ __device__ __forceinline__ long long workspace_row(const BackwardParams& params,
   return static_cast<long long>(batch * params.attention.heads + head) * params.padded_rows + query;
 }
 
+// Where a tile of queries or of keys lies.
+struct TilePlace {
+  int tile;
+  int head;
+  int batch;
+};
+
 // A CTA's place in a grid of (tile, head, batch) with the tile fastest, as one dimension: the
 // batch that vmap folds together may pass the 65,535 limit of the other grid dimensions.
 // It is cheap to compute and costs registers to keep: kernels make one before their main loop and
 // another behind it.
-struct GridPlace {
-  int tile;
-  int head;
-  int batch;
-
+struct GridPlace : TilePlace {
   __device__ __forceinline__ GridPlace(int tiles, int heads) {
     const unsigned index = ptx::reread_cta();
     tile = index % tiles;

@@ -1,7 +1,8 @@
-// The order in which persistent CTAs compute the query tiles of all heads.
+// The order in which persistent CTAs compute the query tiles of all heads, or the key tiles.
 #pragma once
 
-#include <params/forward_params.h>
+#include <attention/head_address.cuh>
+#include <params/attention_params.h>
 #include <ptx/special_register.cuh>
 
 namespace jfa::attention {
@@ -16,22 +17,26 @@ namespace jfa::attention {
 // Against handing each tile to the first CTA that is free, with a counter in memory, this loses 0
 // to 1% in a model of the causal cells of the benchmark, and needs no memory that someone has to
 // clear before each launch.
-template <class Config>
+//
+// kOfKeys: tiles are of keys and their heads. Under a causal mask the first one of a head is then
+// the longest, where it is the last of the queries'.
+template <class Config, bool kOfKeys = false>
 struct TileOrder {
-  const Sm90ForwardParams& params;
+  const AttentionParams& params;
+  const DealtTiles& tiles;
   int first_head = 0;  // of the section
   int first_cta = 0;   // that is dealt to, in the section
   int start = 0;       // of the round, in tiles of the section
   bool reversed = false;
 
-  __device__ __forceinline__ explicit TileOrder(const Sm90ForwardParams& kernel_params)
-      : params(kernel_params) {
+  __device__ __forceinline__ TileOrder(const AttentionParams& attention, const DealtTiles& dealt)
+      : params(attention), tiles(dealt) {
     skip_gaps();
   }
 
   __device__ __forceinline__ bool valid() const {
     if constexpr (Config::kWindowed) return first_head < heads();
-    return index() < heads() * params.query_tiles;
+    return index() < heads() * tiles.of_head;
   }
 
   __device__ __forceinline__ void advance() {
@@ -39,35 +44,31 @@ struct TileOrder {
     skip_gaps();
   }
 
-  struct Place {
-    int tile;
-    int head;
-    int batch;
-  };
-
   // Needs: valid().
-  __device__ __forceinline__ Place place() const {
+  __device__ __forceinline__ TilePlace place() const {
     int tile, head;
     if constexpr (Config::kWindowed) {
       const int size = section_size();
-      tile = params.query_tiles - 1 - index() / size;
+      tile = index() / size;
+      if (!kOfKeys) tile = tiles.of_head - 1 - tile;
       head = first_head + index() % size;
     } else {
-      tile = index() % params.query_tiles;
-      head = index() / params.query_tiles;
+      tile = index() % tiles.of_head;
+      head = index() / tiles.of_head;
     }
-    const int heads_per_batch = params.forward.attention.heads;
-    return {tile, head % heads_per_batch, head / heads_per_batch};
+    return {tile, head % heads_of_batch(), head / heads_of_batch()};
   }
 
  private:
-  // Heads of the whole batch.
-  __device__ __forceinline__ int heads() const {
-    return params.forward.attention.batch * params.forward.attention.heads;
+  __device__ __forceinline__ int heads_of_batch() const {
+    return kOfKeys ? params.heads_k : params.heads;
   }
 
+  // Heads of the whole batch.
+  __device__ __forceinline__ int heads() const { return params.batch * heads_of_batch(); }
+
   __device__ __forceinline__ int section_size() const {
-    return min(params.section_heads, heads() - first_head);
+    return min(tiles.section_heads, heads() - first_head);
   }
 
   __device__ __forceinline__ int index() const {
@@ -85,11 +86,11 @@ struct TileOrder {
     start += gridDim.x;
     if constexpr (Config::kWindowed) {
       reversed = !reversed;
-      const int tiles = section_size() * params.query_tiles;
-      if (start >= tiles) {
-        first_cta = (first_cta + (start - tiles)) % static_cast<int>(gridDim.x);
+      const int size = section_size() * tiles.of_head;
+      if (start >= size) {
+        first_cta = (first_cta + (start - size)) % static_cast<int>(gridDim.x);
         start = 0;
-        first_head += params.section_heads;
+        first_head += tiles.section_heads;
       }
     }
   }
@@ -97,7 +98,7 @@ struct TileOrder {
   // The last round of a section may have no tile for this CTA.
   __device__ __forceinline__ void skip_gaps() {
     if constexpr (Config::kWindowed)
-      while (valid() && index() >= section_size() * params.query_tiles) next_round();
+      while (valid() && index() >= section_size() * tiles.of_head) next_round();
   }
 };
 

@@ -26,4 +26,10 @@ struct AttentionParams {
   float dropout_scale;             // 1 / (1 - dropout_p)
 };
 
+// The tiles that persistent CTAs deal out among themselves (attention/tile_order.cuh).
+struct DealtTiles {
+  int of_head;        // of one (batch, head) pair
+  int section_heads;  // pairs whose tiles are sorted by length together
+};
+
 }  // namespace jfa

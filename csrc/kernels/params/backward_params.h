@@ -44,4 +44,9 @@ struct Sm90BackwardParams {
   BackwardParams backward;
 };
 
+// The same for kernels whose CTAs deal tiles out among themselves.
+struct Sm90DealtBackwardParams : Sm90BackwardParams {
+  DealtTiles tiles;
+};
+
 }  // namespace jfa

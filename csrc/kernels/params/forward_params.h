@@ -19,8 +19,7 @@ struct Sm90ForwardParams {
   TensorMap k;  // 64 columns x kTileK rows
   TensorMap v;
   ForwardParams forward;
-  int query_tiles;    // of one head
-  int section_heads;  // (batch, head) pairs whose tiles are sorted by length together
+  DealtTiles tiles;
 };
 
 }  // namespace jfa

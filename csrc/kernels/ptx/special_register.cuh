@@ -16,4 +16,11 @@ __device__ __forceinline__ unsigned reread_cta() {
   return cta;
 }
 
+// The same value, of which the compiler knows nothing: what follows from it is worked out where it
+// is used, not before.
+__device__ __forceinline__ unsigned opaque(unsigned value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 }  // namespace jfa::ptx

@@ -34,7 +34,9 @@ constexpr int kTurnBarrier = 1;  // and 2
 template <class Config>
 struct BackwardShapes {
   static_assert(Config::kTileK == 64 * kBackwardConsumers, "a consumer owns 64 keys");
-  static_assert(Config::kTileQ == 64, "dq is one product of 64 rows");
+  // Of dq, a consumer computes half of the columns of 64 queries, or all columns of half of 128.
+  static_assert(Config::kTileQ == 64 || Config::kTileQ == 128, "dq is a product of 64 rows");
+  static constexpr bool kSplitsRows = Config::kTileQ == 128;
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
   static constexpr int kQuerySteps = Config::kTileQ / 16;
   static constexpr int kKeySteps = Config::kTileK / 16;
@@ -42,12 +44,13 @@ struct BackwardShapes {
   // The columns of dq that a consumer computes start in a panel, or halfway through it.
   static constexpr int kSplitSteps = Config::kHeadDim > 64 ? 4 : 2;
   static __device__ constexpr int query_gradient_steps(int consumer) {
+    if (kSplitsRows) return kHeadDimSteps;
     return consumer == 0 ? (kHeadDimSteps < kSplitSteps ? kHeadDimSteps : kSplitSteps)
                          : (kHeadDimSteps > kSplitSteps ? kHeadDimSteps - kSplitSteps : 0);
   }
   // Where a consumer's part of dq starts, in floats.
   static __device__ constexpr int query_gradient_offset(int consumer) {
-    return consumer * Config::kTileQ * 16 * kSplitSteps;
+    return consumer * 64 * 16 * (kSplitsRows ? kHeadDimSteps : kSplitSteps);
   }
   static constexpr int kSplitBytes =
       Config::kHeadDim > 64 ? Config::kTileK * tile::kPanelRowBytes : 64;
@@ -112,9 +115,11 @@ __device__ __forceinline__ void consume_backward(
   const tile::RowDescriptor<QueryTile> dout_rows(stages.shared + Shapes::kDoutOffset, 0);
   const tile::ColumnDescriptor<QueryTile> q_columns(stages.shared + Shapes::kQueryOffset);
   const tile::ColumnDescriptor<QueryTile> dout_columns(stages.shared + Shapes::kDoutOffset);
-  const tile::RowDescriptor<DscoresTile> dscores_rows(stages.shared + Shapes::kDscoresOffset, 0);
+  const tile::RowDescriptor<DscoresTile> dscores_rows(stages.shared + Shapes::kDscoresOffset,
+                                                      Shapes::kSplitsRows ? kFirstRow : 0);
   const tile::ColumnDescriptor<KeyTile> k_columns(stages.shared + Shapes::kKeyOffset +
-                                                  kConsumer * Shapes::kSplitBytes);
+                                                  (Shapes::kSplitsRows ? 0 : kConsumer) *
+                                                      Shapes::kSplitBytes);
 
   typename Shapes::KeyGradient dk;
   typename Shapes::KeyGradient dv;
@@ -260,8 +265,8 @@ __device__ __forceinline__ void consume_backward(
   const bool spoilt = !dk.is_finite() || !dv.is_finite();
   dk.scale(attention.softmax_scale);
   if constexpr (Config::kDropout) dv.scale(attention.dropout_scale);
-  store_key_gradient<Config>(backward.dk, dk, walk, attention.seqlen_k, warp_row);
-  store_key_gradient<Config>(backward.dv, dv, walk, attention.seqlen_k, warp_row);
+  store_key_gradient<Config>(backward.dk, dk, walk.place, attention.seqlen_k, warp_row);
+  store_key_gradient<Config>(backward.dv, dv, walk.place, attention.seqlen_k, warp_row);
   if constexpr (Config::kWindowed) {
     if (spoilt) backward.spoilt[batch * attention.heads + walk.place.head * walk.group] = 1;
   }
@@ -302,10 +307,11 @@ __device__ __forceinline__ void backward_postprocess(const BackwardParams& param
   const QueryGradientTile<Config, typename Shapes::QueryTile> tile(params);
   bool finite = true;
   if (threadIdx.x < 128) {
-    finite = tile.stage(tile::Accumulator<1, Shapes::query_gradient_steps(0)>(), 0, 0, shared);
+    finite = tile.stage(tile::Accumulator<1, Shapes::query_gradient_steps(0)>(), 0, 0, 0, shared);
   } else if constexpr (Shapes::query_gradient_steps(1) > 0) {
     finite = tile.stage(tile::Accumulator<1, Shapes::query_gradient_steps(1)>(),
-                        Shapes::query_gradient_offset(1), Shapes::kSplitSteps, shared);
+                        Shapes::query_gradient_offset(1), Shapes::kSplitsRows ? 64 : 0,
+                        Shapes::kSplitsRows ? 0 : Shapes::kSplitSteps, shared);
   }
   tile.store(finite, shared);
 }

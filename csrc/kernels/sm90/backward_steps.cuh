@@ -24,16 +24,24 @@ constexpr int kBackwardThreads = (kBackwardConsumers + 1) * 128;
 constexpr int kBackwardConsumerRegisters = 240;
 constexpr int kBackwardProducerRegisters = 24;
 
-// A CTA's walk: all query tiles that see its keys, for each query head of its group.
-template <class Config>
+// A CTA's walk: all query tiles that see its keys, for each query head of its group. kStaggered:
+// CTAs side by side start apart, as a causal mask would have it: additions to one dq tile at one
+// time wait for each other (3 to 6% without a mask on an H100). Where nothing is added they start
+// together, and read a tile from L2 at the same time.
+template <class Config, bool kStaggered = true>
 struct BackwardWalk {
-  attention::GridPlace place;  // head is the key head
+  attention::TilePlace place;  // head is the key head
   int group;
   int first_key;
   attention::Range query_tiles;
 
   __device__ __forceinline__ explicit BackwardWalk(const AttentionParams& attention)
-      : place((attention.seqlen_k + Config::kTileK - 1) / Config::kTileK, attention.heads_k),
+      : BackwardWalk(attention, attention::GridPlace(
+                                    (attention.seqlen_k + Config::kTileK - 1) / Config::kTileK,
+                                    attention.heads_k)) {}
+  __device__ __forceinline__ BackwardWalk(const AttentionParams& attention,
+                                          const attention::TilePlace& tile_place)
+      : place(tile_place),
         group(attention.heads / attention.heads_k),
         first_key(place.tile * Config::kTileK),
         query_tiles(attention::VisibleRange<Config>(attention).query_tiles(first_key)) {}
@@ -52,10 +60,8 @@ struct BackwardWalk {
     if (++step.query_tile == query_tiles.end) step.query_tile = query_tiles.begin;
     if (step.query_tile == first_tile()) ++step.head;
   }
-  // CTAs side by side start apart, as a causal mask would have it: additions to one dq tile at one
-  // time wait for each other (3 to 6% without a mask on an H100).
   __device__ __forceinline__ int first_tile() const {
-    if constexpr (Config::kWindowed) return query_tiles.begin;
+    if constexpr (Config::kWindowed || !kStaggered) return query_tiles.begin;
     // Fractions of the golden ratio: far apart for neighbours, and no division in the loop.
     return __umulhi(place.tile * 0x9e3779b9u, query_tiles.end);
   }
@@ -86,23 +92,25 @@ __device__ __forceinline__ void load_panels(unsigned shared, const TensorMap& ma
                   panel * tile::kPanelColumns, row, head, batch);
 }
 
+// Fetches the query tiles of a walk: q before dout, since consumers want the next step's q before
+// this step's dq. load_keys() follows the first q.
 // Threads: one.
-template <class Config, class Shapes>
-__device__ __forceinline__ void produce_backward(const Sm90BackwardParams& params,
-                                                 const BackwardStages<Shapes>& stages) {
-  using KeyTile = typename Shapes::KeyTile;
+template <class Config, class Shapes, class Walk, class LoadKeys>
+__device__ __forceinline__ void load_queries(const TensorMap& q, const TensorMap& dout,
+                                             const BackwardParams& backward,
+                                             const BackwardStages<Shapes>& stages, const Walk& walk,
+                                             typename Shapes::QueryPosition& query_at,
+                                             typename Shapes::DoutPosition& dout_at,
+                                             LoadKeys load_keys) {
   using QueryTile = typename Shapes::QueryTile;
-  const BackwardParams& backward = params.backward;
-  const AttentionParams& attention = backward.attention;
-  const BackwardWalk<Config> walk(attention);
   const int batch = walk.place.batch;
-  const int q_batch = attention::own_batch(batch, attention.q.batches);
+  const int q_batch = attention::own_batch(batch, backward.attention.q.batches);
   const int dout_batch = attention::own_batch(batch, backward.dout.batches);
 
   // A query tile of q or dout, and its lse or delta.
   const auto load = [&](const auto& ring, auto& at, int tile_offset, int statistics_offset,
                         const TensorMap& map, int map_batch, const float* statistics,
-                        const typename BackwardWalk<Config>::Step& step) {
+                        const typename Walk::Step& step) {
     const int first_query = step.query_tile * Config::kTileQ;
     const unsigned barrier = ring.full(at.stage());
     ring.begin_fill(at, QueryTile::kBytes + Shapes::kStatisticsBytes);
@@ -113,59 +121,73 @@ __device__ __forceinline__ void produce_backward(const Sm90BackwardParams& param
                    Shapes::kStatisticsBytes, barrier);
     at.advance();
   };
-  const auto load_query = [&](typename Shapes::QueryPosition& at, const auto& step) {
-    load(stages.query, at, Shapes::kQueryOffset, Shapes::kLseOffset, params.q, q_batch,
+  const auto load_query = [&](const auto& step) {
+    load(stages.query, query_at, Shapes::kQueryOffset, Shapes::kLseOffset, q, q_batch,
          backward.lse_log2, step);
-  };
-  const auto load_dout = [&](typename Shapes::DoutPosition& at, const auto& step) {
-    load(stages.dout, at, Shapes::kDoutOffset, Shapes::kDeltaOffset, params.dout, dout_batch,
-         backward.delta, step);
   };
 
   int remaining = walk.steps();
   if (remaining == 0) return;
-  typename Shapes::QueryPosition query_at;
-  typename Shapes::DoutPosition dout_at;
-  typename BackwardWalk<Config>::Step step = walk.first();
-  load_query(query_at, step);
-  const unsigned barrier = stages.keys.full(0);
-  ptx::mbarrier_arrive_expect(barrier, 2 * KeyTile::kBytes);
-  load_panels<KeyTile>(stages.shared + Shapes::kKeyOffset, params.k, barrier, walk.first_key,
-                       walk.place.head, attention::own_batch(batch, attention.k.batches));
-  load_panels<KeyTile>(stages.shared + Shapes::kValueOffset, params.v, barrier, walk.first_key,
-                       walk.place.head, attention::own_batch(batch, attention.v.batches));
-  // Consumers want the next step's q before this step's dq.
+  typename Walk::Step step = walk.first();
+  load_query(step);
+  load_keys();
 #pragma unroll 1
   while (true) {
-    load_dout(dout_at, step);
+    load(stages.dout, dout_at, Shapes::kDoutOffset, Shapes::kDeltaOffset, dout, dout_batch,
+         backward.delta, step);
     if (--remaining == 0) break;
     walk.advance(step);
-    load_query(query_at, step);
+    load_query(step);
   }
+}
+
+// Threads: one.
+template <class Config, class Shapes>
+__device__ __forceinline__ void produce_backward(const Sm90BackwardParams& params,
+                                                 const BackwardStages<Shapes>& stages) {
+  using KeyTile = typename Shapes::KeyTile;
+  const AttentionParams& attention = params.backward.attention;
+  const BackwardWalk<Config> walk(attention);
+  typename Shapes::QueryPosition query_at;
+  typename Shapes::DoutPosition dout_at;
+  load_queries<Config>(
+      params.q, params.dout, params.backward, stages, walk, query_at, dout_at, [&] {
+        const int batch = walk.place.batch;
+        const unsigned barrier = stages.keys.full(0);
+        ptx::mbarrier_arrive_expect(barrier, 2 * KeyTile::kBytes);
+        load_panels<KeyTile>(stages.shared + Shapes::kKeyOffset, params.k, barrier, walk.first_key,
+                             walk.place.head, attention::own_batch(batch, attention.k.batches));
+        load_panels<KeyTile>(stages.shared + Shapes::kValueOffset, params.v, barrier,
+                             walk.first_key, walk.place.head,
+                             attention::own_batch(batch, attention.v.batches));
+      });
 }
 
 // Which elements of a thread's share of scores^T dropout keeps.
 template <class Config, class Scores>
 struct KeptBits {
-  static_assert(Scores::kColumnTiles * 4 <= 32, "one bit for each element");
-  unsigned bits = ~0u;
+  static constexpr int kTilesPerWord = 8;  // of four elements
+  unsigned words[(Scores::kColumnTiles + kTilesPerWord - 1) / kTilesPerWord];
 
   template <class Layout>
   __device__ __forceinline__ void draw(const AttentionParams& params, int batch, int head,
                                        const Layout& layout) {
     if constexpr (Config::kDropout) {
-      bits = ~0u;
+#pragma unroll
+      for (unsigned& word : words) word = ~0u;
       const attention::Dropout dropout(params, batch, head);
 #pragma unroll
       for (int pair = 0; pair < Scores::kColumnPairs; ++pair)
         dropout.for_pair(layout, 0, pair, [&](int side, int i, bool kept) {
-          if (!kept) bits &= ~(1u << (4 * (2 * pair + side) + i));
+          const int n = 2 * pair + side;
+          if (!kept) words[n / kTilesPerWord] &= ~(1u << (4 * (n % kTilesPerWord) + i));
         });
     }
   }
 
   __device__ __forceinline__ bool kept(int n, int i) const {
-    return !Config::kDropout || (bits >> (4 * n + i)) % 2 == 1;
+    return !Config::kDropout ||
+           (words[n / kTilesPerWord] >> (4 * (n % kTilesPerWord) + i)) % 2 == 1;
   }
 };
 
@@ -250,11 +272,11 @@ __device__ __forceinline__ void make_dscores(Scores& dprobs, int n, const float 
 // The 16 rows of dk or dv that a warp has. Threads: a whole warp.
 template <class Config, class Gradient>
 __device__ __forceinline__ void store_key_gradient(const TensorView& view, const Gradient& gradient,
-                                                   const BackwardWalk<Config>& walk, int seqlen_k,
+                                                   const attention::TilePlace& place, int seqlen_k,
                                                    int warp_row) {
-  const int first_row = walk.first_key + warp_row;
+  const int first_row = place.tile * Config::kTileK + warp_row;
   tile::write_rows<typename Config::Element, Config::kHeadDim>(
-      attention::head_address(view, walk.place.batch, walk.place.head) +
+      attention::head_address(view, place.batch, place.head) +
           static_cast<long long>(first_row) * view.row_stride,
       view.row_stride, seqlen_k - first_row, gradient);
 }
@@ -273,10 +295,10 @@ struct QueryGradientTile {
               backward.attention.heads),
         first_query(place.tile * Config::kTileQ) {}
 
-  // Scales and rounds the part that starts `offset` floats into the sums, and at 16-block
-  // first_column16 of dq. Returns whether it is finite. Threads: a whole warpgroup.
+  // Scales and rounds the part that starts `offset` floats into the sums, and at row first_row and
+  // 16-block first_column16 of the tile. Returns whether it is finite. Threads: a whole warpgroup.
   template <class Part>
-  __device__ __forceinline__ bool stage(Part part, int offset, int first_column16,
+  __device__ __forceinline__ bool stage(Part part, int offset, int first_row, int first_column16,
                                         unsigned char* shared) const {
     const long long row = attention::workspace_row(params, place.batch, place.head, first_query);
     const tile::BulkAccumulator<Part> accumulator{params.dq_accum + row * params.padded_columns +
@@ -285,7 +307,7 @@ struct QueryGradientTile {
     part.scale(params.attention.softmax_scale);
     tile::store_accumulator<typename Config::Element, QueryTile, 16, 1>(
         tile::shared_address(shared), first_column16 / 4 * QueryTile::kPanelBytes, part,
-        static_cast<int>(threadIdx.x) % 128 / 32 * 16, first_column16 % 4);
+        first_row + static_cast<int>(threadIdx.x) % 128 / 32 * 16, first_column16 % 4);
     return part.is_finite();
   }
 

@@ -24,56 +24,19 @@
 #include <attention/online_softmax.cuh>
 #include <attention/score_layout.cuh>
 #include <attention/score_transform.cuh>
-#include <attention/tile_order.cuh>
 #include <attention/visible_range.cuh>
 #include <params/forward_params.h>
-#include <ptx/tma.cuh>
 #include <ptx/warpgroup.cuh>
+#include <sm90/key_walk.cuh>
 #include <tile/descriptor.cuh>
-#include <tile/ring.cuh>
 #include <tile/write_rows.cuh>
 
 namespace jfa::sm90 {
 
-constexpr int kConsumerRows = 64;
-constexpr int kWarpRows = 16;
 constexpr int kTurnBarrier = 1;
 
 template <class Config>
-struct ForwardShapes {
-  static constexpr int kConsumers = Config::kTileQ / kConsumerRows;
-  static constexpr int kThreads = (kConsumers + 1) * 128;
-  // Warpgroups share what the CTA was launched with, the same for each thread and a multiple of 8;
-  // who claims more than the others have released waits forever.
-  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kConsumers == 2 ? 24 : 56;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
-  static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
-                    (kConsumers + 1) * kLaunchRegisters,
-                "there are no more registers");
-
-  // Consumers still read the place of a tile whose q they have let go of, when the producer has
-  // filled all query stages anew.
-  static constexpr int kPlaces = 2 * Config::kQueryStages;
-
-  using QueryTile = tile::SharedTile<Config::kTileQ, Config::kHeadDim>;
-  using KeyTile = tile::SharedTile<Config::kTileK, Config::kHeadDim>;
-  using QueryRing = tile::Ring<Config::kQueryStages>;
-  using KeyRing = tile::Ring<Config::kKeyStages>;
-  using ValueRing = tile::Ring<Config::kValueStages>;
-  using QueryPosition = tile::RingPosition<Config::kQueryStages>;
-  using KeyPosition = tile::RingPosition<Config::kKeyStages>;
-  using ValuePosition = tile::RingPosition<Config::kValueStages>;
-
-  static constexpr int kQueryOffset = 0;
-  static constexpr int kKeyOffset = kQueryOffset + Config::kQueryStages * QueryTile::kBytes;
-  static constexpr int kValueOffset = kKeyOffset + Config::kKeyStages * KeyTile::kBytes;
-  static constexpr int kPlaceOffset = kValueOffset + Config::kValueStages * KeyTile::kBytes;
-  static constexpr int kQueryRingOffset = kPlaceOffset + kPlaces * static_cast<int>(sizeof(int4));
-  static constexpr int kKeyRingOffset = kQueryRingOffset + QueryRing::kBytes;
-  static constexpr int kValueRingOffset = kKeyRingOffset + KeyRing::kBytes;
-  static constexpr int kSharedBytes = kValueRingOffset + ValueRing::kBytes;
-
+struct ForwardShapes : KeyWalkShapes<Config, 1, false> {
   // Whether the first product of a query tile starts before the last out is written.
   static constexpr bool kAcrossTiles = Config::kQueryStages > 1;
 
@@ -85,141 +48,15 @@ struct ForwardShapes {
   using Layout = attention::ScoreLayout<16, 16>;
 };
 
-// What both roles see of the shared memory.
 template <class Config>
-struct ForwardStages {
-  using Shapes = ForwardShapes<Config>;
-  unsigned shared;
-  int4* places;
-  typename Shapes::QueryRing query;
-  typename Shapes::KeyRing key;
-  typename Shapes::ValueRing value;
-
-  __device__ __forceinline__ explicit ForwardStages(unsigned char* shared_memory)
-      : shared(tile::shared_address(shared_memory)),
-        places(reinterpret_cast<int4*>(shared_memory + Shapes::kPlaceOffset)),
-        query{shared + Shapes::kQueryRingOffset},
-        key{shared + Shapes::kKeyRingOffset},
-        value{shared + Shapes::kValueRingOffset} {}
-
-  // Where a query tile lies. Divisions stand between the number of a CTA and its tile; the producer
-  // has time for them.
-  using Place = typename attention::TileOrder<Config>::Place;
-  static constexpr int kNoTile = -1;  // there are no more
-  __device__ __forceinline__ void put_place(const typename Shapes::QueryPosition& at,
-                                            const Place& place) const {
-    places[at.fills % Shapes::kPlaces] = make_int4(place.tile, place.head, place.batch, 0);
-  }
-  __device__ __forceinline__ Place place(const typename Shapes::QueryPosition& at) const {
-    const int4 place = places[at.fills % Shapes::kPlaces];
-    return {ptx::uniform(place.x), ptx::uniform(place.y), ptx::uniform(place.z)};
-  }
-};
-
-// Starts the copies of all panels of a tile.
-template <class Tile>
-__device__ __forceinline__ void load_tile(unsigned shared, const TensorMap& map, unsigned barrier,
-                                          unsigned long long cache_policy, int row, int head,
-                                          int batch) {
-#pragma unroll
-  for (int panel = 0; panel < Tile::kPanels; ++panel)
-    ptx::tma_load(shared + panel * Tile::kPanelBytes, map, barrier, cache_policy,
-                  panel * tile::kPanelColumns, row, head, batch);
-}
-
-// Threads: one.
-template <class Config>
-__device__ __forceinline__ void produce(const Sm90ForwardParams& params,
-                                        const ForwardStages<Config>& stages) {
-  using Shapes = ForwardShapes<Config>;
-  using Stages = ForwardStages<Config>;
-  using Place = typename Stages::Place;
-  using KeyTile = typename Shapes::KeyTile;
-  const AttentionParams& attention = params.forward.attention;
-  const attention::VisibleRange<Config> range(attention);
-  const int group = attention.heads / attention.heads_k;
-  typename Shapes::QueryPosition query;
-  typename Shapes::KeyPosition key;
-  typename Shapes::ValuePosition value;
-  attention::TileOrder<Config> order(params);
-  const auto next_place = [&] {
-    return order.valid() ? order.place() : Place{Stages::kNoTile, 0, 0};
-  };
-  // The keys of a query tile: which tiles, and where they lie. Worked out once for all of them:
-  // what stands between the wait for a stage and its copy, all consumers wait for (docs/tuning.md).
-  struct Keys {
-    int first;  // key of the first tile
-    int last;   // key of the last tile
-    int head;
-    int k_batch;
-    int v_batch;
-  };
-  const auto keys_of = [&](const Place& place) -> Keys {
-    const attention::Range tiles = range.key_tiles(place.tile * Config::kTileQ);
-    return {tiles.begin * Config::kTileK, (tiles.end - 1) * Config::kTileK, place.head / group,
-            attention::own_batch(place.batch, attention.k.batches),
-            attention::own_batch(place.batch, attention.v.batches)};
-  };
-  const auto load_query = [&](const Place& place) {
-    stages.query.await_empty(query);
-    stages.put_place(query, place);
-    if (place.tile == Stages::kNoTile) {
-      stages.query.announce(query, 0);
-      return;
-    }
-    stages.query.announce(query, Shapes::QueryTile::kBytes);
-    load_tile<typename Shapes::QueryTile>(
-        stages.shared + Shapes::kQueryOffset + query.stage() * Shapes::QueryTile::kBytes, params.q,
-        stages.query.full(query.stage()), ptx::kEvictFirst, place.tile * Config::kTileQ, place.head,
-        attention::own_batch(place.batch, attention.q.batches));
-    query.advance();
-  };
-  const auto load_key = [&](const Keys& keys, int first_key) {
-    stages.key.begin_fill(key, KeyTile::kBytes);
-    load_tile<KeyTile>(stages.shared + Shapes::kKeyOffset + key.stage() * KeyTile::kBytes, params.k,
-                       stages.key.full(key.stage()), ptx::kEvictLast, first_key, keys.head,
-                       keys.k_batch);
-    key.advance();
-  };
-  const auto load_value = [&](const Keys& keys, int first_key) {
-    stages.value.begin_fill(value, KeyTile::kBytes);
-    load_tile<KeyTile>(stages.shared + Shapes::kValueOffset + value.stage() * KeyTile::kBytes,
-                       params.v, stages.value.full(value.stage()), ptx::kEvictLast, first_key,
-                       keys.head, keys.v_batch);
-    value.advance();
-  };
-
-  Place place = next_place();
-  load_query(place);
-  Keys keys = keys_of(place);
-  const auto load_first_key = [&](const Place& of) {
-    if (of.tile != Stages::kNoTile && keys.first <= keys.last) load_key(keys, keys.last);
-  };
-  load_first_key(place);
-#pragma unroll 1
-  while (place.tile != Stages::kNoTile) {
-    order.advance();
-    const Place next = next_place();
-    if (Config::kQueryStages > 1) load_query(next);
-#pragma unroll 1
-    for (int first_key = keys.last; first_key >= keys.first; first_key -= Config::kTileK) {
-      if (first_key > keys.first) load_key(keys, first_key - Config::kTileK);
-      load_value(keys, first_key);
-    }
-    keys = keys_of(next);
-    load_first_key(next);
-    // The only stage is free when this tile's last key has been used.
-    if (Config::kQueryStages == 1) load_query(next);
-    place = next;
-  }
-}
+using ForwardStages = KeyWalkStages<Config, ForwardShapes<Config>>;
 
 // out and lse of the 16 rows of a warp.
 // Threads: a whole warp.
 template <class Config, class Out>
 __device__ __forceinline__ void write_out(const ForwardParams& params,
-                                          const typename attention::TileOrder<Config>::Place& place,
-                                          Out& out, attention::OnlineSoftmax<1>& softmax,
+                                          const attention::TilePlace& place, Out& out,
+                                          attention::OnlineSoftmax<1>& softmax,
                                           float exponent_scale, int warp_row) {
   const int first_query = place.tile * Config::kTileQ + warp_row;
   const int rows = params.attention.seqlen_q - first_query;
@@ -438,27 +275,23 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
 template <class Config>
 __device__ __forceinline__ void forward(const Sm90ForwardParams& params, unsigned char* shared) {
   using Shapes = ForwardShapes<Config>;
+  using Place = typename ForwardStages<Config>::Place;
+  const AttentionParams& attention = params.forward.attention;
   const ForwardStages<Config> stages(shared);
-  if (threadIdx.x == 0) {
-    stages.query.init(Shapes::kConsumers * 128);
-    stages.key.init(Shapes::kConsumers);
-    stages.value.init(Shapes::kConsumers);
-    ptx::mbarrier_init_fence();
-  }
-  __syncthreads();  // the rings are there
-  const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128);
-  if (warpgroup == 0) {
-    ptx::release_registers<Shapes::kProducerRegisters>();
-    if (ptx::uniform(static_cast<int>(threadIdx.x) / 32) == 0 && ptx::elect_lane()) {
-      ptx::prefetch_tensor_map(params.q);
-      ptx::prefetch_tensor_map(params.k);
-      ptx::prefetch_tensor_map(params.v);
-      produce<Config>(params, stages);
-    }
-  } else {
-    ptx::claim_registers<Shapes::kConsumerRegisters>();
-    consume<Config>(params, stages, warpgroup - 1);
-  }
+  const auto load_q = [&](unsigned target, unsigned barrier, const Place& place) {
+    load_tile<typename Shapes::QueryTile>(target, params.q, barrier, ptx::kEvictFirst,
+                                          place.tile * Config::kTileQ, place.head,
+                                          attention::own_batch(place.batch, attention.q.batches));
+  };
+  run_key_walk<Shapes>(
+      stages,
+      [&] {
+        ptx::prefetch_tensor_map(params.q);
+        ptx::prefetch_tensor_map(params.k);
+        ptx::prefetch_tensor_map(params.v);
+        produce<Config, Shapes>(stages, attention, params.tiles, params.k, params.v, load_q);
+      },
+      [](int) {}, [&](int consumer) { consume<Config>(params, stages, consumer); });
 }
 
 }  // namespace jfa::sm90

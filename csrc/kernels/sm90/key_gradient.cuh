@@ -1,0 +1,333 @@
+// dk and dv on Hopper, by themselves. With scores = scale q k^T, probs = exp(scores - lse) and
+// dprobs = dout v^T, for every query tile that sees a key tile:
+//
+//   dv += probs^T dout      dscores = probs (dprobs - delta)      dk += scale dscores^T q
+//
+// One CTA stays on each multiprocessor and computes key tiles until there are none left; for each
+// it walks the query tiles of all query heads of the key head's group. One warp (the producer)
+// keeps the copy engine busy; two warpgroups (consumers) own 64 keys each. They compute scores^T
+// and dprobs^T, rows being keys, so that probs^T and dscores^T feed dv and dk from registers, and
+// nothing is exchanged between warps.
+//
+//   ring    stages        filled with                released
+//   keys    2             k and v of a key tile,     by each consumer's threads, after dk and dv
+//                         and its place
+//   query   kQueryStages  q and lse of a query tile  by each consumer's threads, after dk
+//   dout    kDoutStages   dout and delta             by each consumer's threads, after dv
+//
+//   barrier  threads               what it orders
+//   1, 2     both consumers (256)  the turns of consumer 0 and of consumer 1
+//
+// In its turn a consumer starts dv and dk of a step, then scores and dprobs of the next, and passes
+// the turn on; its exponentials run while the other has its turn. The last step of a key tile so
+// starts the first one of the next, which runs while dk and dv are written.
+#pragma once
+
+#include <attention/tile_order.cuh>
+#include <sm90/backward_steps.cuh>
+
+namespace jfa::sm90 {
+
+template <class Config>
+struct KeyGradientShapes {
+  static_assert(Config::kTileK == 64 * kBackwardConsumers, "a consumer owns 64 keys");
+  static_assert(Config::kQueryStages > 1 && Config::kDoutStages > 1,
+                "the next key tile's first stage is filled beside the last of this one");
+  static constexpr int kTurnBarrier = 1;  // and 2
+  static constexpr int kKeyStages = 2;
+  static constexpr int kPlaces = kKeyStages;  // a place is read before its stage is released
+  static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
+  static constexpr int kQuerySteps = Config::kTileQ / 16;
+
+  using QueryTile = tile::SharedTile<Config::kTileQ, Config::kHeadDim>;
+  using KeyTile = tile::SharedTile<Config::kTileK, Config::kHeadDim>;
+  using Scores = tile::Accumulator<1, kQuerySteps>;
+  using Operand = tile::RegisterOperand<1, kQuerySteps>;
+  using Gradient = tile::Accumulator<1, kHeadDimSteps>;
+
+  using QueryRing = tile::Ring<Config::kQueryStages>;
+  using DoutRing = tile::Ring<Config::kDoutStages>;
+  using KeyRing = tile::Ring<kKeyStages>;
+  using QueryPosition = tile::RingPosition<Config::kQueryStages>;
+  using DoutPosition = tile::RingPosition<Config::kDoutStages>;
+  using KeyPosition = tile::RingPosition<kKeyStages>;
+  static constexpr int kStatisticsBytes = Config::kTileQ * 4;
+
+  static constexpr int kKeyBytes = 2 * KeyTile::kBytes;  // k and v of a stage
+  static constexpr int kKeyOffset = 0;
+  static constexpr int kQueryOffset = kKeyOffset + kKeyStages * kKeyBytes;
+  static constexpr int kDoutOffset = kQueryOffset + Config::kQueryStages * QueryTile::kBytes;
+  static constexpr int kLseOffset = kDoutOffset + Config::kDoutStages * QueryTile::kBytes;
+  static constexpr int kDeltaOffset = kLseOffset + Config::kQueryStages * kStatisticsBytes;
+  static constexpr int kPlaceOffset = kDeltaOffset + Config::kDoutStages * kStatisticsBytes;
+  static constexpr int kQueryRingOffset = kPlaceOffset + kPlaces * static_cast<int>(sizeof(int4));
+  static constexpr int kDoutRingOffset = kQueryRingOffset + QueryRing::kBytes;
+  static constexpr int kKeyRingOffset = kDoutRingOffset + DoutRing::kBytes;
+  static constexpr int kSharedBytes = kKeyRingOffset + KeyRing::kBytes;
+};
+
+// What both roles see of the shared memory.
+template <class Config>
+struct KeyGradientStages : BackwardStages<KeyGradientShapes<Config>> {
+  using Shapes = KeyGradientShapes<Config>;
+  using Place = attention::TilePlace;
+  static constexpr int kNoTile = -1;  // there are no more
+  int4* places;
+
+  __device__ __forceinline__ explicit KeyGradientStages(unsigned char* shared_memory)
+      : BackwardStages<Shapes>(tile::shared_address(shared_memory)),
+        places(reinterpret_cast<int4*>(shared_memory + Shapes::kPlaceOffset)) {}
+
+  __device__ __forceinline__ void put_place(const typename Shapes::KeyPosition& at,
+                                            const Place& place) const {
+    places[at.stage()] = make_int4(place.tile, place.head, place.batch, 0);
+  }
+  __device__ __forceinline__ Place place(const typename Shapes::KeyPosition& at) const {
+    const int4 place = places[at.stage()];
+    return {ptx::uniform(place.x), ptx::uniform(place.y), ptx::uniform(place.z)};
+  }
+};
+
+// Threads: one.
+template <class Config>
+__device__ __forceinline__ void produce_key_gradient(const Sm90DealtBackwardParams& params,
+                                                     const KeyGradientStages<Config>& stages) {
+  using Shapes = KeyGradientShapes<Config>;
+  using Stages = KeyGradientStages<Config>;
+  using Place = typename Stages::Place;
+  using KeyTile = typename Shapes::KeyTile;
+  const AttentionParams& attention = params.backward.attention;
+  typename Shapes::KeyPosition keys_at;
+  typename Shapes::QueryPosition query_at;
+  typename Shapes::DoutPosition dout_at;
+  attention::TileOrder<Config, /*kOfKeys=*/true> order(attention, params.tiles);
+  const auto next_place = [&] {
+    return order.valid() ? order.place() : Place{Stages::kNoTile, 0, 0};
+  };
+  const auto load_keys = [&](const Place& place) {
+    stages.keys.await_empty(keys_at);
+    stages.put_place(keys_at, place);
+    if (place.tile == Stages::kNoTile) {
+      stages.keys.announce(keys_at, 0);
+      return;
+    }
+    const unsigned barrier = stages.keys.full(keys_at.stage());
+    const unsigned target =
+        stages.shared + Shapes::kKeyOffset + keys_at.stage() * Shapes::kKeyBytes;
+    const int row = place.tile * Config::kTileK;
+    stages.keys.announce(keys_at, Shapes::kKeyBytes);
+    load_panels<KeyTile>(target, params.k, barrier, row, place.head,
+                         attention::own_batch(place.batch, attention.k.batches));
+    load_panels<KeyTile>(target + KeyTile::kBytes, params.v, barrier, row, place.head,
+                         attention::own_batch(place.batch, attention.v.batches));
+    keys_at.advance();
+  };
+
+  Place place = next_place();
+  load_keys(place);
+#pragma unroll 1
+  while (place.tile != Stages::kNoTile) {
+    load_queries<Config>(params.q, params.dout, params.backward,
+                         static_cast<const BackwardStages<Shapes>&>(stages),
+                         BackwardWalk<Config, false>(attention, place), query_at, dout_at, [] {});
+    order.advance();
+    place = next_place();
+    load_keys(place);
+  }
+}
+
+// Threads: a whole warpgroup.
+template <class Config>
+__device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardParams& params,
+                                                     const KeyGradientStages<Config>& stages,
+                                                     unsigned char* shared, int consumer) {
+  using Shapes = KeyGradientShapes<Config>;
+  using Stages = KeyGradientStages<Config>;
+  using Element = typename Config::Element;
+  using QueryTile = typename Shapes::QueryTile;
+  using KeyTile = typename Shapes::KeyTile;
+  using Scores = typename Shapes::Scores;
+  using Walk = BackwardWalk<Config, false>;
+  using Step = typename Walk::Step;
+  const BackwardParams& backward = params.backward;
+  const AttentionParams& attention = backward.attention;
+
+  const int first_row = consumer * 64;
+  const int warp = ptx::uniform(static_cast<int>(threadIdx.x) % 128 / 32);
+  const int warp_row = first_row + warp * 16;
+
+  typename Shapes::Gradient dk;
+  typename Shapes::Gradient dv;
+  Scores scores;
+  Scores dprobs;
+  typename Shapes::Operand rounded_probs;
+  typename Shapes::Operand rounded_dscores;
+  typename Shapes::KeyPosition keys_at;
+  typename Shapes::QueryPosition query_at;
+  typename Shapes::DoutPosition dout_at;
+
+  // Worked out anew at every use, or else the compiler keeps what follows in registers.
+  const auto base = [&](int offset) { return ptx::opaque(stages.shared) + offset; };
+  const auto start_scores = [&] {
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
+        scores, tile::RowDescriptor<KeyTile>(base(Shapes::kKeyOffset), first_row),
+        keys_at.stage() * Shapes::kKeyBytes,
+        tile::RowDescriptor<QueryTile>(base(Shapes::kQueryOffset), 0),
+        query_at.stage() * QueryTile::kBytes);
+  };
+  const auto start_dprobs = [&] {
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
+        dprobs, tile::RowDescriptor<KeyTile>(base(Shapes::kKeyOffset + KeyTile::kBytes), first_row),
+        keys_at.stage() * Shapes::kKeyBytes,
+        tile::RowDescriptor<QueryTile>(base(Shapes::kDoutOffset), 0),
+        dout_at.stage() * QueryTile::kBytes);
+  };
+  const auto start_gradients = [&] {
+    tile::start_register_product<Element>(
+        dv, rounded_probs, tile::ColumnDescriptor<QueryTile>(base(Shapes::kDoutOffset)),
+        dout_at.stage() * QueryTile::kBytes);
+    tile::start_register_product<Element>(
+        dk, rounded_dscores, tile::ColumnDescriptor<QueryTile>(base(Shapes::kQueryOffset)),
+        query_at.stage() * QueryTile::kBytes);
+  };
+  const auto statistics = [&](int offset, int stage) {
+    return reinterpret_cast<const float*>(shared + offset + stage * Shapes::kStatisticsBytes);
+  };
+  const auto await_turn = [&] { ptx::barrier_sync(Shapes::kTurnBarrier + consumer, 256); };
+  const auto pass_turn = [&] { ptx::barrier_arrive(Shapes::kTurnBarrier + 1 - consumer, 256); };
+  // Waits for what the first step of a key tile reads, and returns where the tile lies.
+  const auto await_tile = [&]() -> attention::TilePlace {
+    stages.keys.wait_full(keys_at);
+    const attention::TilePlace place = stages.place(keys_at);
+    if (place.tile != Stages::kNoTile && Walk(attention, place).steps() > 0) {
+      stages.query.wait_full(query_at);
+      stages.dout.wait_full(dout_at);
+    }
+    return place;
+  };
+
+  // The first consumer starts first.
+  if (consumer == 1) ptx::barrier_arrive(Shapes::kTurnBarrier, 256);
+
+  attention::TilePlace next = await_tile();
+  start_scores();
+  start_dprobs();
+#pragma unroll 1
+  while (true) {
+    const attention::TilePlace place = next;
+    if (place.tile == Stages::kNoTile) break;
+    const Walk walk(attention, place);
+    dk.clear();
+    dv.clear();
+    KeptBits<Config, Scores> dropout;
+    const auto tile_of = [&](const Step& step) {
+      return ScoreTile{place.batch, step.head, step.query_tile * Config::kTileQ, walk.first_key,
+                       walk.first_key + warp_row};
+    };
+    const auto finish_scores = [&](const Step& step) {
+      const ScoreTile tile = tile_of(step);
+      make_probs<Config>(scores, attention, tile, statistics(Shapes::kLseOffset, query_at.stage()));
+      dropout.draw(attention, place.batch, step.head, tile.layout());
+    };
+    const auto finish_dprobs = [&](const Step& step) {
+      const ScoreTile tile = tile_of(step);
+      const attention::ScoreTransform<Config> transform(attention, place.batch, step.head);
+      const float* const delta = statistics(Shapes::kDeltaOffset, dout_at.stage());
+#pragma unroll
+      for (int n = 0; n < Scores::kColumnTiles; ++n)
+        make_dscores<Config>(dprobs, n, scores.values[0][n], dropout, transform, tile.layout(),
+                             attention.dropout_scale, delta,
+                             statistics(Shapes::kLseOffset, query_at.stage()));
+    };
+    // Starts the first step of the next key tile; where there is none, with what lies there, and
+    // nobody looks at it.
+    const auto cross = [&] {
+      keys_at.advance();
+      next = await_tile();
+      start_scores();
+      ptx::wgmma_wait<1>();  // dv and dk
+      start_dprobs();
+      pass_turn();
+    };
+
+    int remaining = walk.steps();
+    ptx::wgmma_wait<0>();
+    if (remaining > 0) {
+      Step step = walk.first();
+      finish_scores(step);
+#pragma unroll 1
+      while (true) {
+        round_probs<Config>(scores, dropout, rounded_probs);
+        finish_dprobs(step);
+        rounded_dscores.template pack<Element>(dprobs);
+
+        await_turn();
+        start_gradients();
+        const auto query_before = query_at;
+        const auto dout_before = dout_at;
+        query_at.advance();
+        dout_at.advance();
+        if (--remaining == 0) break;
+        stages.query.wait_full(query_at);
+        start_scores();
+        ptx::wgmma_wait<1>();  // dv and dk
+        // Every thread has read lse and delta for itself.
+        stages.dout.release(dout_before.stage());
+        stages.query.release(query_before.stage());
+        walk.advance(step);
+        stages.dout.wait_full(dout_at);
+        start_dprobs();
+        pass_turn();
+        ptx::wgmma_wait<1>();  // scores
+        finish_scores(step);
+        ptx::wgmma_wait<0>();  // dprobs
+      }
+      cross();
+      stages.dout.release((dout_at.fills - 1) % Config::kDoutStages);
+      stages.query.release((query_at.fills - 1) % Config::kQueryStages);
+    } else {
+      await_turn();
+      cross();
+    }
+    stages.keys.release((keys_at.fills - 1) % Shapes::kKeyStages);
+
+    const bool finite = dk.is_finite() && dv.is_finite();
+    dk.scale(attention.softmax_scale);
+    if constexpr (Config::kDropout) dv.scale(attention.dropout_scale);
+    store_key_gradient<Config>(backward.dk, dk, place, attention.seqlen_k, warp_row);
+    store_key_gradient<Config>(backward.dv, dv, place, attention.seqlen_k, warp_row);
+    if constexpr (Config::kWindowed) {
+      if (__builtin_expect(__any_sync(0xffffffffu, !finite), false)) {
+        __syncwarp();  // contain_dk_dv reads what other lanes have written
+        const int first_key = place.tile * Config::kTileK + warp_row;
+        attention::contain_dk_dv<Config>(backward, place.batch, place.head,
+                                         {first_key, first_key + 16}, 1);
+      }
+    }
+  }
+  ptx::wgmma_wait<0>();
+}
+
+template <class Config>
+__device__ __forceinline__ void key_gradient(const Sm90DealtBackwardParams& params,
+                                             unsigned char* shared) {
+  const KeyGradientStages<Config> stages(shared);
+  if (threadIdx.x == 0) {
+    stages.query.init(kBackwardConsumers * 128);
+    stages.dout.init(kBackwardConsumers * 128);
+    stages.keys.init(kBackwardConsumers * 128);
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();  // the rings are there
+  const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128);
+  if (warpgroup == 0) {
+    ptx::release_registers<kBackwardProducerRegisters>();
+    if (ptx::uniform(static_cast<int>(threadIdx.x) / 32) == 0 && ptx::elect_lane())
+      produce_key_gradient<Config>(params, stages);
+  } else {
+    ptx::claim_registers<kBackwardConsumerRegisters>();
+    consume_key_gradient<Config>(params, stages, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace jfa::sm90

@@ -1,0 +1,380 @@
+// dq on Hopper, by itself. With scores = scale q k^T, probs = exp(scores - lse) and
+// dprobs = dout v^T, for every key tile that a query tile sees:
+//
+//   dscores = probs (dprobs - delta)      dq += scale dscores k
+//
+// The roles are those of sm90/key_walk.cuh; q and dout of a query tile lie in one stage. dscores
+// feeds dq from registers, so that nothing is exchanged between warps, dq is summed in one order
+// and leaves the CTA once, in 16 bits. A consumer starts scores of a key tile, dq of the one before
+// and dprobs of this one in its turn, and passes the turn on; its exponentials run beside its own
+// dq and dprobs, and beside the products of the other.
+//
+// The three warps beside the producer work out lse and delta of every query row, a tile ahead of
+// the consumers, and leave them to sm90/key_gradient.cuh, which comes behind.
+//
+//   ring                stages                   filled with and released
+//   statistics          kStatisticsStages        lse and delta of a query tile, by all threads of
+//                                                the three warps; by all of the consumers
+//
+//   barrier             threads                  what it orders
+//   1 + consumer        two consumers (256)      whose turn it is to start products
+#pragma once
+
+#include <attention/containment.cuh>
+#include <attention/dropout.cuh>
+#include <attention/head_address.cuh>
+#include <attention/row_statistics.cuh>
+#include <attention/score_layout.cuh>
+#include <attention/score_transform.cuh>
+#include <attention/visible_range.cuh>
+#include <params/backward_params.h>
+#include <ptx/warpgroup.cuh>
+#include <sm90/key_walk.cuh>
+#include <tile/descriptor.cuh>
+#include <tile/write_rows.cuh>
+
+namespace jfa::sm90 {
+
+template <class Config>
+struct QueryGradientShapes : KeyWalkShapes<Config, 2, true> {
+  using KeyWalk = KeyWalkShapes<Config, 2, true>;
+  static_assert(kWorkspaceRowMultiple % Config::kTileQ == 0, "statistics are padded to that");
+  static_assert(Config::kKeyStages > 1, "k of a tile is kept beside the next one's");
+  static constexpr int kTurnBarrier = 1;
+  // The warps that read rows keep many loads on their way; consumers get along with what is left.
+  static_assert(KeyWalk::kConsumers == 2, "registers are dealt out for two consumers");
+  static constexpr int kProducerRegisters = 72;
+  static constexpr int kConsumerRegisters = 216;
+  static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
+  static constexpr int kKeySteps = Config::kTileK / 16;
+  using Scores = tile::Accumulator<1, kKeySteps>;
+  using Gradient = tile::Accumulator<1, kHeadDimSteps>;
+  using Dscores = tile::RegisterOperand<1, kKeySteps>;
+  using Layout = attention::ScoreLayout<16, 16>;
+
+  static constexpr int kStatisticsWarps = 3;  // all of the producer's warpgroup but the producer
+  static constexpr int kStatisticsStages = 2;
+  using StatisticsRing = tile::Ring<kStatisticsStages>;
+  using StatisticsPosition = tile::RingPosition<kStatisticsStages>;
+  static constexpr int kStatisticsOffset = KeyWalk::kSharedBytes;
+  static constexpr int kStatisticsRingOffset =
+      kStatisticsOffset + kStatisticsStages * Config::kTileQ * 8;
+  static constexpr int kSharedBytes = kStatisticsRingOffset + StatisticsRing::kBytes;
+};
+
+// What consumers know of a query row.
+struct QueryStatistics {
+  float lse_log2;
+  float delta;
+};
+
+// The rings of the key walk, and one of statistics.
+template <class Config>
+struct QueryGradientStages : KeyWalkStages<Config, QueryGradientShapes<Config>> {
+  using Shapes = QueryGradientShapes<Config>;
+  QueryStatistics* rows;
+  typename Shapes::StatisticsRing statistics;
+
+  __device__ __forceinline__ explicit QueryGradientStages(unsigned char* shared_memory)
+      : KeyWalkStages<Config, Shapes>(shared_memory),
+        rows(reinterpret_cast<QueryStatistics*>(shared_memory + Shapes::kStatisticsOffset)),
+        statistics{this->shared + Shapes::kStatisticsRingOffset} {}
+
+  // Threads: one, before a CTA barrier.
+  __device__ __forceinline__ void init() const {
+    statistics.init(Shapes::kConsumers * 128, Shapes::kStatisticsWarps * 32);
+    KeyWalkStages<Config, Shapes>::init();
+  }
+
+  // Of a row of a query tile.
+  __device__ __forceinline__ QueryStatistics& row(const typename Shapes::StatisticsPosition& at,
+                                                  int tile_row) const {
+    return rows[at.stage() * Config::kTileQ + tile_row];
+  }
+};
+
+// The statistics of all query tiles of this CTA, for its consumers and for the kernel behind. Warps
+// take turns at a pass of rows; eight lanes share a row.
+// Threads: a whole warp, of kStatisticsWarps.
+template <class Config>
+__device__ __forceinline__ void make_statistics(const Sm90DealtBackwardParams& params,
+                                                const QueryGradientStages<Config>& stages,
+                                                int warp) {
+  using Shapes = QueryGradientShapes<Config>;
+  constexpr int kRowLanes = 8;
+  constexpr int kChunks = Config::kHeadDim / 8;
+  constexpr int kSteps = (kChunks + kRowLanes - 1) / kRowLanes;
+  // Rows of a lane in a pass: as many as keep the reads of four chunks of out and of dout on their
+  // way, for which the warpgroup has registers.
+  constexpr int kRows = kSteps == 1 ? 4 : kSteps == 2 ? 2 : 1;
+  constexpr int kPassRows = 32 / kRowLanes * kRows;
+  const BackwardParams& backward = params.backward;
+  const int lane = threadIdx.x % 32;
+  typename Shapes::StatisticsPosition at;
+  attention::TileOrder<Config> order(backward.attention, params.tiles);
+#pragma unroll 1
+  for (; order.valid(); order.advance()) {
+    const attention::TilePlace place = order.place();
+    const attention::RowStatistics statistics(backward, place.batch, place.head);
+    const unsigned short* const out =
+        attention::head_address(backward.out, place.batch, place.head);
+    const unsigned short* const dout =
+        attention::head_address(backward.dout, place.batch, place.head);
+    stages.statistics.await_empty(at);
+#pragma unroll 1
+    for (int pass = warp; pass < Config::kTileQ / kPassRows; pass += Shapes::kStatisticsWarps) {
+      attention::RowStatistics::Row known[kRows];
+      float sums[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row =
+            place.tile * Config::kTileQ + (pass * kRows + i) * (32 / kRowLanes) + lane / kRowLanes;
+        known[i] = statistics.load(row);
+        const long long read_row = statistics.existing(row);
+        sums[i] = 0.0f;
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          const int chunk = step * kRowLanes + lane % kRowLanes;
+          const int read_chunk = min(chunk, kChunks - 1);
+          const float sum = attention::dot_chunk<typename Config::Element>(
+              out + read_row * backward.out.row_stride + read_chunk * 8,
+              dout + read_row * backward.dout.row_stride + read_chunk * 8);
+          if (chunk < kChunks) sums[i] += sum;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int offset = kRowLanes / 2; offset > 0; offset /= 2)
+          sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], offset);
+        if (lane % kRowLanes == 0) {
+          const int tile_row = (pass * kRows + i) * (32 / kRowLanes) + lane / kRowLanes;
+          const float lse_log2 = known[i].lse_log2();
+          const float delta = known[i].delta(sums[i]);
+          stages.row(at, tile_row) = {lse_log2, delta};
+          statistics.store(place.tile * Config::kTileQ + tile_row, lse_log2, delta);
+        }
+      }
+    }
+    stages.statistics.finish_fill(at);
+    at.advance();
+  }
+}
+
+// The 16 rows of dq that a warp has. Threads: a whole warp.
+template <class Config, class Gradient>
+__device__ __forceinline__ void write_query_gradient(const BackwardParams& params, int batch,
+                                                     int head, int first_tile_query,
+                                                     int first_query, Gradient& dq) {
+  dq.scale(params.attention.softmax_scale);
+  tile::write_rows<typename Config::Element, Config::kHeadDim>(
+      attention::head_address(params.dq, batch, head) +
+          static_cast<long long>(first_query) * params.dq.row_stride,
+      params.dq.row_stride, params.attention.seqlen_q - first_query, dq);
+  if constexpr (Config::kWindowed) {
+    if (__builtin_expect(__any_sync(0xffffffffu, !dq.is_finite()), false)) {
+      __syncwarp();  // contain_dq reads what other lanes have written
+      attention::contain_dq<Config>(params, batch, head, first_tile_query,
+                                    {first_query, first_query + kWarpRows}, 1);
+    }
+  }
+}
+
+// Threads: a whole warpgroup.
+template <class Config>
+__device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardParams& params,
+                                                       const QueryGradientStages<Config>& stages,
+                                                       int consumer) {
+  using Shapes = QueryGradientShapes<Config>;
+  using Stages = QueryGradientStages<Config>;
+  using Element = typename Config::Element;
+  using QueryTile = typename Shapes::QueryTile;
+  using KeyTile = typename Shapes::KeyTile;
+  const AttentionParams& attention = params.backward.attention;
+  const attention::VisibleRange<Config> range(attention);
+
+  const int warp = ptx::uniform(static_cast<int>(threadIdx.x) % 128 / 32);
+  const int consumer_row = consumer * kConsumerRows;
+  const int warp_row = consumer_row + warp * kWarpRows;
+  const bool leads = threadIdx.x % 128 == 0;
+
+  // Worked out anew at every use, or else the compiler keeps what follows from them in registers.
+  const auto shared = [&] { return ptx::opaque(stages.shared); };
+
+  typename Shapes::Scores scores;
+  typename Shapes::Scores dprobs;
+  typename Shapes::Gradient dq;
+  typename Shapes::Dscores dscores;
+  typename Shapes::QueryPosition query;
+  typename Shapes::StatisticsPosition statistics_at;
+  unsigned steps = 0;  // so far; k and v of a key tile come in step, so one counter serves both
+  const auto key = [&] { return typename Shapes::KeyPosition{steps}; };
+  const auto key_before = [&] { return typename Shapes::KeyPosition{steps - 1}; };
+  const auto value = [&] { return typename Shapes::ValuePosition{steps}; };
+  const auto await_turn = [&] {
+    if (Shapes::kConsumers > 1) ptx::barrier_sync(Shapes::kTurnBarrier + consumer, 256);
+  };
+  const auto pass_turn = [&] {
+    if (Shapes::kConsumers > 1)
+      ptx::barrier_arrive(Shapes::kTurnBarrier + (consumer + 1) % Shapes::kConsumers, 256);
+  };
+  const auto start_scores = [&] {
+    const unsigned base = shared();
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
+        scores, tile::RowDescriptor<QueryTile>(base + Shapes::kQueryOffset, consumer_row),
+        query.stage() * Shapes::kQueryBytes,
+        tile::RowDescriptor<KeyTile>(base + Shapes::kKeyOffset, 0),
+        key().stage() * KeyTile::kBytes);
+  };
+  const auto start_dprobs = [&] {
+    stages.value.wait_full(value());
+    const unsigned base = shared();
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
+        dprobs,
+        tile::RowDescriptor<QueryTile>(base + Shapes::kQueryOffset + QueryTile::kBytes,
+                                       consumer_row),
+        query.stage() * Shapes::kQueryBytes,
+        tile::RowDescriptor<KeyTile>(base + Shapes::kValueOffset, 0),
+        value().stage() * KeyTile::kBytes);
+  };
+  const auto start_gradient = [&] {
+    tile::start_register_product<Element>(
+        dq, dscores, tile::ColumnDescriptor<KeyTile>(shared() + Shapes::kKeyOffset),
+        key_before().stage() * KeyTile::kBytes);
+  };
+  const auto release_key = [&] {
+    if (leads) stages.key.release(key_before().stage());
+  };
+  const auto release_value = [&] {
+    if (leads) stages.value.release(value().stage());
+  };
+
+  // The first consumer starts first.
+  if (Shapes::kConsumers > 1 && consumer == Shapes::kConsumers - 1)
+    ptx::barrier_arrive(Shapes::kTurnBarrier, 256);
+
+#pragma unroll 1
+  while (true) {
+    stages.query.wait_full(query);
+    const auto place = stages.place(query);
+    if (place.tile == Stages::kNoTile) break;
+    const int first_query = place.tile * Config::kTileQ;
+    const attention::Range key_tiles = range.key_tiles(first_query);
+    const attention::ScoreTransform<Config> transform(attention, place.batch, place.head);
+    dq.clear();
+
+    if (key_tiles.empty()) {
+      stages.query.release(query.stage());
+      stages.statistics.wait_full(statistics_at);
+      stages.statistics.release(statistics_at.stage());
+    } else {
+      stages.key.wait_full(key());
+      await_turn();
+      start_scores();
+      start_dprobs();
+      pass_turn();
+      stages.statistics.wait_full(statistics_at);
+      QueryStatistics rows[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        rows[half] = stages.row(statistics_at, warp_row + ptx::reread_lane() / 4 + 8 * half);
+      stages.statistics.release(statistics_at.stage());
+
+      const auto make_probs = [&](const typename Shapes::Layout& layout, int first_key) {
+        transform.apply(scores, layout);
+        if (__builtin_expect(
+                range.template cuts<kConsumerRows>(first_query + consumer_row, first_key), false))
+          attention::mask_scores(scores, layout, attention::VisibleRange<Config>(attention));
+#pragma unroll
+        for (int n = 0; n < Shapes::Scores::kColumnTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            scores.values[0][n][i] = transform.prob(scores.values[0][n][i], rows[i / 2].lse_log2);
+      };
+      const auto make_dscores = [&](const typename Shapes::Layout& layout) {
+#pragma unroll
+        for (int pair = 0; pair < Shapes::kKeySteps; ++pair) {
+          if constexpr (Config::kDropout)
+            attention::Dropout(attention, place.batch, place.head)
+                .for_pair(layout, 0, pair, [&](int side, int i, bool kept) {
+                  float& dprob = dprobs.values[0][2 * pair + side][i];
+                  dprob = kept ? dprob * attention.dropout_scale : 0.0f;
+                });
+#pragma unroll
+          for (int n = 2 * pair; n < 2 * pair + 2; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              dprobs.values[0][n][i] = transform.dscore(
+                  scores.values[0][n][i], dprobs.values[0][n][i], rows[i / 2].delta,
+                  rows[i / 2].lse_log2, layout.query(0, n, i), layout.key(0, n, i));
+          dscores.template pack_step<Element>(0, pair, dprobs.values[0][2 * pair],
+                                              dprobs.values[0][2 * pair + 1]);
+        }
+      };
+
+      int first_key = (key_tiles.end - 1) * Config::kTileK;
+      const int last_first_key = key_tiles.begin * Config::kTileK;
+      ptx::wgmma_wait<1>();  // scores
+      make_probs({first_query + warp_row, first_key}, first_key);
+      ptx::wgmma_wait<0>();  // dprobs
+      release_value();
+      make_dscores({first_query + warp_row, first_key});
+#pragma unroll 1
+      while (first_key > last_first_key) {
+        first_key -= Config::kTileK;
+        ++steps;
+        stages.key.wait_full(key());
+        await_turn();
+        start_scores();
+        start_gradient();
+        start_dprobs();
+        pass_turn();
+        ptx::wgmma_wait<2>();  // scores
+        make_probs({first_query + warp_row, first_key}, first_key);
+        ptx::wgmma_wait<0>();  // dq and dprobs
+        release_key();
+        release_value();
+        make_dscores({first_query + warp_row, first_key});
+      }
+      stages.query.release(query.stage());
+      ++steps;
+      await_turn();
+      start_gradient();
+      pass_turn();
+      ptx::wgmma_wait<0>();
+      release_key();
+    }
+    write_query_gradient<Config>(params.backward, place.batch, place.head, first_query,
+                                 first_query + warp_row, dq);
+    query.advance();
+    statistics_at.advance();
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void query_gradient(const Sm90DealtBackwardParams& params,
+                                               unsigned char* shared) {
+  using Shapes = QueryGradientShapes<Config>;
+  using QueryTile = typename Shapes::QueryTile;
+  using Place = typename QueryGradientStages<Config>::Place;
+  const AttentionParams& attention = params.backward.attention;
+  const QueryGradientStages<Config> stages(shared);
+  const auto load_q_and_dout = [&](unsigned target, unsigned barrier, const Place& place) {
+    const int row = place.tile * Config::kTileQ;
+    load_tile<QueryTile>(target, params.q, barrier, ptx::kEvictFirst, row, place.head,
+                         attention::own_batch(place.batch, attention.q.batches));
+    load_tile<QueryTile>(target + QueryTile::kBytes, params.dout, barrier, ptx::kEvictFirst, row,
+                         place.head,
+                         attention::own_batch(place.batch, params.backward.dout.batches));
+  };
+  run_key_walk<Shapes>(
+      stages,
+      [&] {
+        produce<Config, Shapes>(stages, attention, params.tiles, params.k, params.v,
+                                load_q_and_dout);
+      },
+      [&](int warp) { make_statistics<Config>(params, stages, warp); },
+      [&](int consumer) { consume_query_gradient<Config>(params, stages, consumer); });
+}
+
+}  // namespace jfa::sm90

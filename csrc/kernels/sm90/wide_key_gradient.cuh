@@ -1,0 +1,397 @@
+// dk and dv on Hopper, by themselves, for head dims that leave no registers for both of 64 keys in
+// one warpgroup (key_gradient.cuh has the formulas). One CTA stays on each multiprocessor and
+// computes key tiles of 64 keys until there are none left. The two consumers part the work by what
+// they compute, not by keys:
+//
+//   consumer of probs      scores^T, probs^T, dv
+//   consumer of dscores    dprobs^T, dscores^T, dk
+//
+// They hold elements of scores^T and of dprobs^T in the same lanes, so probabilities go from one to
+// the other through shared memory in any order, in fp32. The consumer of probs runs ahead, into the
+// next key tile too.
+//
+//   ring    stages        filled with                released
+//   keys    1             k of a key tile, and its   by all threads of the consumer of probs, after
+//                         place                      the last scores
+//   values  1             v of a key tile, and its   by all threads of the consumer of dscores,
+//                         place                      after the last dprobs
+//   query   kQueryStages  q and lse of a query tile  by all threads of both consumers, after
+//                                                    scores and after dk
+//   dout    kDoutStages   dout and delta             by all threads of both consumers, after dv
+//                                                    and after dprobs
+//   probs   2             probabilities, by all      by all threads of the consumer of dscores
+//                         threads of their consumer
+//
+//   barrier  threads               what it orders
+//   1        both consumers (256)  dk and dv of a key tile are written
+#pragma once
+
+#include <attention/tile_order.cuh>
+#include <sm90/backward_steps.cuh>
+
+namespace jfa::sm90 {
+
+template <class Config>
+struct WideKeyGradientShapes {
+  static_assert(Config::kTileQ == 64 && Config::kTileK == 64, "scores are one product");
+  static constexpr int kProbsStages = 2;
+  static constexpr int kEndBarrier = 1;
+  static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
+  static constexpr int kQuerySteps = Config::kTileQ / 16;
+
+  using QueryTile = tile::SharedTile<Config::kTileQ, Config::kHeadDim>;
+  using KeyTile = tile::SharedTile<Config::kTileK, Config::kHeadDim>;
+  using Scores = tile::Accumulator<1, kQuerySteps>;
+  using Operand = tile::RegisterOperand<1, kQuerySteps>;
+  using Gradient = tile::Accumulator<1, kHeadDimSteps>;
+
+  using QueryRing = tile::Ring<Config::kQueryStages>;
+  using DoutRing = tile::Ring<Config::kDoutStages>;
+  using KeyRing = tile::Ring<1>;
+  using ValueRing = tile::Ring<1>;
+  using ProbsRing = tile::Ring<kProbsStages>;
+  using QueryPosition = tile::RingPosition<Config::kQueryStages>;
+  using DoutPosition = tile::RingPosition<Config::kDoutStages>;
+  using KeyPosition = tile::RingPosition<1>;
+  using ProbsPosition = tile::RingPosition<kProbsStages>;
+  static constexpr int kStatisticsBytes = Config::kTileQ * 4;
+  static constexpr int kProbsBytes = Config::kTileQ * Config::kTileK * 4;  // of a stage
+
+  static constexpr int kKeyOffset = 0;
+  static constexpr int kValueOffset = kKeyOffset + KeyTile::kBytes;
+  static constexpr int kQueryOffset = kValueOffset + KeyTile::kBytes;
+  static constexpr int kDoutOffset = kQueryOffset + Config::kQueryStages * QueryTile::kBytes;
+  static constexpr int kProbsOffset = kDoutOffset + Config::kDoutStages * QueryTile::kBytes;
+  static constexpr int kLseOffset = kProbsOffset + kProbsStages * kProbsBytes;
+  static constexpr int kDeltaOffset = kLseOffset + Config::kQueryStages * kStatisticsBytes;
+  static constexpr int kPlaceOffset = kDeltaOffset + Config::kDoutStages * kStatisticsBytes;
+  static constexpr int kQueryRingOffset = kPlaceOffset + 2 * static_cast<int>(sizeof(int4));
+  static constexpr int kDoutRingOffset = kQueryRingOffset + QueryRing::kBytes;
+  static constexpr int kKeyRingOffset = kDoutRingOffset + DoutRing::kBytes;
+  static constexpr int kValueRingOffset = kKeyRingOffset + KeyRing::kBytes;
+  static constexpr int kProbsRingOffset = kValueRingOffset + ValueRing::kBytes;
+  static constexpr int kSharedBytes = kProbsRingOffset + ProbsRing::kBytes;
+};
+
+// What all roles see of the shared memory.
+template <class Config>
+struct WideKeyGradientStages : BackwardStages<WideKeyGradientShapes<Config>> {
+  using Shapes = WideKeyGradientShapes<Config>;
+  using Place = attention::TilePlace;
+  static constexpr int kNoTile = -1;  // there are no more
+  unsigned char* memory;
+  typename Shapes::ValueRing values;
+  typename Shapes::ProbsRing probs;
+
+  __device__ __forceinline__ explicit WideKeyGradientStages(unsigned char* shared_memory)
+      : BackwardStages<Shapes>(tile::shared_address(shared_memory)),
+        memory(shared_memory),
+        values{this->shared + Shapes::kValueRingOffset},
+        probs{this->shared + Shapes::kProbsRingOffset} {}
+
+  // Threads: one, before a CTA barrier.
+  __device__ __forceinline__ void init() const {
+    this->query.init(kBackwardConsumers * 128);
+    this->dout.init(kBackwardConsumers * 128);
+    this->keys.init(128);
+    values.init(128);
+    probs.init(128, /*fillers=*/128);
+    ptx::mbarrier_init_fence();
+  }
+
+  // Where the key tile lies, as each consumer finds it: they are not in the same one all the time.
+  __device__ __forceinline__ int4& place_of(int consumer) const {
+    return reinterpret_cast<int4*>(memory + Shapes::kPlaceOffset)[consumer];
+  }
+  __device__ __forceinline__ Place place(int consumer) const {
+    const int4 place = place_of(consumer);
+    return {ptx::uniform(place.x), ptx::uniform(place.y), ptx::uniform(place.z)};
+  }
+};
+
+// Threads: one.
+template <class Config>
+__device__ __forceinline__ void produce_wide_key_gradient(
+    const Sm90DealtBackwardParams& params, const WideKeyGradientStages<Config>& stages) {
+  using Shapes = WideKeyGradientShapes<Config>;
+  using Stages = WideKeyGradientStages<Config>;
+  using Place = typename Stages::Place;
+  using KeyTile = typename Shapes::KeyTile;
+  const AttentionParams& attention = params.backward.attention;
+  typename Shapes::KeyPosition keys_at;
+  typename Shapes::QueryPosition query_at;
+  typename Shapes::DoutPosition dout_at;
+  attention::TileOrder<Config, /*kOfKeys=*/true> order(attention, params.tiles);
+  // k for the consumer of probs, v for that of dscores.
+  const auto load_keys = [&](const Place& place) {
+    const auto load = [&](int consumer, const auto& ring, const TensorMap& map, int offset,
+                          int batches) {
+      ring.await_empty(keys_at);
+      stages.place_of(consumer) = make_int4(place.tile, place.head, place.batch, 0);
+      if (place.tile == Stages::kNoTile) {
+        ring.announce(keys_at, 0);
+        return;
+      }
+      ring.announce(keys_at, KeyTile::kBytes);
+      load_panels<KeyTile>(stages.shared + offset, map, ring.full(0), place.tile * Config::kTileK,
+                           place.head, attention::own_batch(place.batch, batches));
+    };
+    load(0, stages.keys, params.k, Shapes::kKeyOffset, attention.k.batches);
+    load(1, stages.values, params.v, Shapes::kValueOffset, attention.v.batches);
+    keys_at.advance();
+  };
+#pragma unroll 1
+  for (; order.valid(); order.advance()) {
+    const Place place = order.place();
+    const BackwardWalk<Config, false> walk(attention, place);
+    if (walk.steps() == 0) {
+      load_keys(place);
+    } else {
+      load_queries<Config>(params.q, params.dout, params.backward,
+                           static_cast<const BackwardStages<Shapes>&>(stages), walk, query_at,
+                           dout_at, [&] { load_keys(place); });
+    }
+  }
+  load_keys({Stages::kNoTile, 0, 0});
+}
+
+// What both consumers have: the walk of a key tile, and positions in the rings.
+template <class Config>
+struct WideKeyConsumer {
+  using Shapes = WideKeyGradientShapes<Config>;
+  using Element = typename Config::Element;
+  using Walk = BackwardWalk<Config, false>;
+  using Step = typename Walk::Step;
+
+  const Sm90DealtBackwardParams& params;
+  const WideKeyGradientStages<Config>& stages;
+  int warp_row;
+  typename Shapes::KeyPosition keys_at;
+  typename Shapes::ProbsPosition probs_at;
+  typename Shapes::QueryPosition query_at;
+  typename Shapes::DoutPosition dout_at;
+
+  __device__ __forceinline__ WideKeyConsumer(const Sm90DealtBackwardParams& kernel_params,
+                                             const WideKeyGradientStages<Config>& shared_stages)
+      : params(kernel_params),
+        stages(shared_stages),
+        warp_row(ptx::uniform(static_cast<int>(threadIdx.x) % 128 / 32) * 16) {}
+
+  __device__ __forceinline__ const AttentionParams& attention() const {
+    return params.backward.attention;
+  }
+  __device__ __forceinline__ ScoreTile tile_of(const Walk& walk, const Step& step) const {
+    return {walk.place.batch, step.head, step.query_tile * Config::kTileQ, walk.first_key,
+            walk.first_key + warp_row};
+  }
+  __device__ __forceinline__ const float* lse() const {
+    return reinterpret_cast<const float*>(stages.memory + Shapes::kLseOffset +
+                                          query_at.stage() * Shapes::kStatisticsBytes);
+  }
+  __device__ __forceinline__ const float* delta() const {
+    return reinterpret_cast<const float*>(stages.memory + Shapes::kDeltaOffset +
+                                          dout_at.stage() * Shapes::kStatisticsBytes);
+  }
+  // Where a thread leaves, or finds, column tile n of its probabilities.
+  __device__ __forceinline__ float4& exchanged_probs(int n) const {
+    return reinterpret_cast<float4*>(stages.memory + Shapes::kProbsOffset +
+                                     probs_at.stage() *
+                                         Shapes::kProbsBytes)[n * 128 + threadIdx.x % 128];
+  }
+  __device__ __forceinline__ unsigned query() const {
+    return query_at.stage() * Shapes::QueryTile::kBytes;
+  }
+  __device__ __forceinline__ unsigned dout() const {
+    return dout_at.stage() * Shapes::QueryTile::kBytes;
+  }
+};
+
+// dv of a key tile. Threads: a whole warpgroup.
+template <class Config>
+__device__ __forceinline__ void consume_probs(
+    WideKeyConsumer<Config>& self, const BackwardWalk<Config, false>& walk,
+    typename WideKeyGradientShapes<Config>::Gradient& dv) {
+  using Shapes = WideKeyGradientShapes<Config>;
+  using Element = typename Config::Element;
+  using QueryTile = typename Shapes::QueryTile;
+  using KeyTile = typename Shapes::KeyTile;
+  const auto& stages = self.stages;
+  // Worked out anew at every use, or else the compiler keeps what follows in registers.
+  const auto base = [&](int offset) { return ptx::opaque(stages.shared) + offset; };
+
+  typename Shapes::Scores scores;
+  const auto start_scores = [&] {
+    stages.query.wait_full(self.query_at);
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
+        scores, tile::RowDescriptor<KeyTile>(base(Shapes::kKeyOffset), 0), 0,
+        tile::RowDescriptor<QueryTile>(base(Shapes::kQueryOffset), 0), self.query());
+  };
+  int remaining = walk.steps();
+  if (remaining == 0) {
+    stages.keys.release(0);
+    return;
+  }
+  typename WideKeyConsumer<Config>::Step step = walk.first();
+  start_scores();
+#pragma unroll 1
+  while (true) {
+    const ScoreTile tile = self.tile_of(walk, step);
+    ptx::wgmma_wait<0>();
+    if (remaining == 1) stages.keys.release(0);
+    make_probs<Config>(scores, self.attention(), tile, self.lse());
+    stages.query.release(self.query_at.stage());
+    self.query_at.advance();
+    stages.probs.await_empty(self.probs_at);
+#pragma unroll
+    for (int n = 0; n < Shapes::Scores::kColumnTiles; ++n)
+      self.exchanged_probs(n) = make_float4(scores.values[0][n][0], scores.values[0][n][1],
+                                            scores.values[0][n][2], scores.values[0][n][3]);
+    stages.probs.finish_fill(self.probs_at);
+    self.probs_at.advance();
+    KeptBits<Config, typename Shapes::Scores> dropout;
+    dropout.draw(self.attention(), tile.batch, tile.head, tile.layout());
+    typename Shapes::Operand rounded_probs;
+    round_probs<Config>(scores, dropout, rounded_probs);
+    stages.dout.wait_full(self.dout_at);
+    tile::start_register_product<Element>(
+        dv, rounded_probs, tile::ColumnDescriptor<QueryTile>(base(Shapes::kDoutOffset)),
+        self.dout());
+    if (--remaining == 0) break;
+    walk.advance(step);
+    start_scores();
+    ptx::wgmma_wait<1>();  // dv
+    stages.dout.release(self.dout_at.stage());
+    self.dout_at.advance();
+  }
+  ptx::wgmma_wait<0>();
+  stages.dout.release(self.dout_at.stage());
+  self.dout_at.advance();
+}
+
+// dk of a key tile. Threads: a whole warpgroup.
+template <class Config>
+__device__ __forceinline__ void consume_dscores(
+    WideKeyConsumer<Config>& self, const BackwardWalk<Config, false>& walk,
+    typename WideKeyGradientShapes<Config>::Gradient& dk) {
+  using Shapes = WideKeyGradientShapes<Config>;
+  using Element = typename Config::Element;
+  using QueryTile = typename Shapes::QueryTile;
+  using KeyTile = typename Shapes::KeyTile;
+  const auto& stages = self.stages;
+  const auto base = [&](int offset) { return ptx::opaque(stages.shared) + offset; };
+
+  typename Shapes::Scores dprobs;
+  const auto start_dprobs = [&] {
+    stages.dout.wait_full(self.dout_at);
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
+        dprobs, tile::RowDescriptor<KeyTile>(base(Shapes::kValueOffset), 0), 0,
+        tile::RowDescriptor<QueryTile>(base(Shapes::kDoutOffset), 0), self.dout());
+  };
+  int remaining = walk.steps();
+  if (remaining == 0) {
+    stages.values.release(0);
+    return;
+  }
+  typename WideKeyConsumer<Config>::Step step = walk.first();
+  start_dprobs();
+#pragma unroll 1
+  while (true) {
+    const ScoreTile tile = self.tile_of(walk, step);
+    const attention::ScoreTransform<Config> transform(self.attention(), tile.batch, tile.head);
+    KeptBits<Config, typename Shapes::Scores> dropout;
+    dropout.draw(self.attention(), tile.batch, tile.head, tile.layout());
+    stages.query.wait_full(self.query_at);
+    stages.probs.wait_full(self.probs_at);
+    ptx::wgmma_wait<0>();
+    if (remaining == 1) stages.values.release(0);
+#pragma unroll
+    for (int n = 0; n < Shapes::Scores::kColumnTiles; ++n) {
+      const float4 exchanged = self.exchanged_probs(n);
+      const float probs[4] = {exchanged.x, exchanged.y, exchanged.z, exchanged.w};
+      make_dscores<Config>(dprobs, n, probs, dropout, transform, tile.layout(),
+                           self.attention().dropout_scale, self.delta(), self.lse());
+    }
+    stages.probs.release(self.probs_at.stage());
+    self.probs_at.advance();
+    stages.dout.release(self.dout_at.stage());
+    self.dout_at.advance();
+    typename Shapes::Operand rounded_dscores;
+    rounded_dscores.template pack<Element>(dprobs);
+    tile::start_register_product<Element>(
+        dk, rounded_dscores, tile::ColumnDescriptor<QueryTile>(base(Shapes::kQueryOffset)),
+        self.query());
+    if (--remaining == 0) break;
+    walk.advance(step);
+    start_dprobs();
+    ptx::wgmma_wait<1>();  // dk
+    stages.query.release(self.query_at.stage());
+    self.query_at.advance();
+  }
+  ptx::wgmma_wait<0>();
+  stages.query.release(self.query_at.stage());
+  self.query_at.advance();
+}
+
+// Computes dv, or dk, of every key tile of this CTA. Threads: a whole warpgroup.
+template <class Config>
+__device__ __forceinline__ void consume_wide_key_gradient(
+    const Sm90DealtBackwardParams& params, const WideKeyGradientStages<Config>& stages,
+    int consumer) {
+  using Stages = WideKeyGradientStages<Config>;
+  const BackwardParams& backward = params.backward;
+  const AttentionParams& attention = backward.attention;
+  WideKeyConsumer<Config> self(params, stages);
+  typename WideKeyGradientShapes<Config>::Gradient gradient;
+#pragma unroll 1
+  while (true) {
+    if (consumer == 0)
+      stages.keys.wait_full(self.keys_at);
+    else
+      stages.values.wait_full(self.keys_at);
+    self.keys_at.advance();
+    const attention::TilePlace place = stages.place(consumer);
+    if (place.tile == Stages::kNoTile) break;
+    const BackwardWalk<Config, false> walk(attention, place);
+    gradient.clear();
+    if (consumer == 0)
+      consume_probs<Config>(self, walk, gradient);
+    else
+      consume_dscores<Config>(self, walk, gradient);
+    const bool finite = gradient.is_finite();
+    gradient.scale(consumer == 1      ? attention.softmax_scale
+                   : Config::kDropout ? attention.dropout_scale
+                                      : 1.0f);
+    store_key_gradient<Config>(consumer == 0 ? backward.dv : backward.dk, gradient, place,
+                               attention.seqlen_k, self.warp_row);
+    if constexpr (Config::kWindowed) {
+      // contain_dk_dv reads dk and dv of a key, which both consumers have written.
+      if (ptx::barrier_any(WideKeyGradientShapes<Config>::kEndBarrier, kBackwardConsumers * 128,
+                           !finite)) {
+        const int first_key = place.tile * Config::kTileK;
+        const int warp = static_cast<int>(threadIdx.x) / 32 - 4;
+        attention::contain_dk_dv<Config>(backward, place.batch, place.head,
+                                         {first_key + warp, first_key + Config::kTileK},
+                                         kBackwardConsumers * 4);
+      }
+    }
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void wide_key_gradient(const Sm90DealtBackwardParams& params,
+                                                  unsigned char* shared) {
+  const WideKeyGradientStages<Config> stages(shared);
+  if (threadIdx.x == 0) stages.init();
+  __syncthreads();  // the rings are there
+  const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128);
+  if (warpgroup == 0) {
+    ptx::release_registers<kBackwardProducerRegisters>();
+    if (ptx::uniform(static_cast<int>(threadIdx.x) / 32) == 0 && ptx::elect_lane())
+      produce_wide_key_gradient<Config>(params, stages);
+  } else {
+    ptx::claim_registers<kBackwardConsumerRegisters>();
+    consume_wide_key_gradient<Config>(params, stages, warpgroup - 1);
+  }
+}
+
+}  // namespace jfa::sm90
