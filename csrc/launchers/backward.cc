@@ -36,8 +36,8 @@ StatusOr<BackwardPlan> make_plan(const BackwardCall& call) {
   JFA_ASSIGN_OR_RETURN(
       BackwardSpecialization specialization,
       specialize_backward(call.spec, call.shape, device.target, backward_override()));
-  // Compiling needs no context, so the two small kernels compile beside the large one; their
-  // failures come back through load().
+  // Compiling needs no context, so the kernels compile side by side; failures come back through
+  // load().
   const auto compile = [](const KernelSpecialization& kernel) {
     return std::async(std::launch::async,
                       [&kernel] { (void)runtime::kernel_cache().cubin(kernel.request); });
@@ -101,6 +101,7 @@ Status run_split(const BackwardCall& call, const BackwardPlan& plan,
   const AttentionShape& shape = call.shape;
   const BackwardSpecialization& specialization = plan.specialization;
   const std::int64_t multiprocessors = plan.multiprocessors;
+  if (shape.batch == 0) return Status();  // there is nothing that a tensor map could describe
   jfa::Sm90DealtBackwardParams dq{};
   dq.backward = backward;
   dq.tiles = deal_query_tiles(shape, specialization.dq_tile_q);
@@ -147,7 +148,7 @@ Status run_backward(const BackwardCall& call, runtime::CUstream stream) {
                              &params));
   const std::int64_t key_tiles =
       ceil_div(call.shape.seqlen_k, specialization.tile_k) * call.shape.batch * call.shape.heads_k;
-  if (specialization.family == Family::kSm90) {
+  if (specialization.family == Family::kSm90 && key_tiles > 0) {
     jfa::Sm90BackwardParams sm90{};
     sm90.backward = params;
     JFA_RETURN_IF_ERROR(fill_sm90_params(sm90, call, specialization.tile_q, specialization.tile_k));

@@ -1,4 +1,4 @@
-// Launches the three backward kernels.
+// Launches the kernels of the backward.
 #pragma once
 
 #include <params/backward_params.h>

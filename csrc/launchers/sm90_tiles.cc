@@ -70,8 +70,8 @@ StatusOr<Tiles> choose(const Row<Tiles> (&rows)[kRows], const AttentionSpec& spe
         shared_bytes(row.tiles, head_dim) <= target.shared_bytes)
       return row.tiles;
   }
-  return Status::unimplemented("No tiles of the sm90 family serve head_dim " +
-                               std::to_string(head_dim) + " in " +
+  return Status::unimplemented("No row of this table of the sm90 family serves head_dim " +
+                               std::to_string(head_dim) + " and the call's features in " +
                                std::to_string(target.shared_bytes) + " bytes of shared memory.");
 }
 

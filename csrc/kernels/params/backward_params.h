@@ -1,4 +1,5 @@
-// Arguments of the three backward kernels: preprocess, main, postprocess.
+// Arguments of the backward kernels: preprocess, main and postprocess, or those of dq and of dk and
+// dv.
 #pragma once
 
 #include <params/attention_params.h>

@@ -1,4 +1,4 @@
-// First of the three backward kernels: the statistics of each query row
+// First of the three kernels of a fused backward: the statistics of each query row
 // (attention/row_statistics.cuh), and the zeros that the main kernel's dq sums (and marks and turn
 // counters) start from.
 //

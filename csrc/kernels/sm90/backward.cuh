@@ -8,7 +8,8 @@
 // group. One warp (the producer) keeps the copy engine busy; two warpgroups (consumers) own 64 keys
 // each. They compute scores^T and dprobs^T, rows being keys, so that probs^T and dscores^T feed dv
 // and dk from registers; only dscores goes to shared memory, for dq, of which each consumer has a
-// part of the columns. dq gathers in fp32 in global memory (tile/bulk_accumulator.cuh).
+// part of the columns, or with tiles of 128 queries half of the rows. dq gathers in fp32 in global
+// memory (tile/bulk_accumulator.cuh).
 //
 //   ring    stages        filled with                released
 //   keys    1             k and v of the key tile    never
@@ -41,7 +42,7 @@ struct BackwardShapes {
   static constexpr int kQuerySteps = Config::kTileQ / 16;
   static constexpr int kKeySteps = Config::kTileK / 16;
 
-  // The columns of dq that a consumer computes start in a panel, or halfway through it.
+  // Where columns are split, a consumer's start in a panel, or halfway through it.
   static constexpr int kSplitSteps = Config::kHeadDim > 64 ? 4 : 2;
   static __device__ constexpr int query_gradient_steps(int consumer) {
     if (kSplitsRows) return kHeadDimSteps;

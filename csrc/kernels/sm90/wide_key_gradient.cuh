@@ -7,8 +7,8 @@
 //   consumer of dscores    dprobs^T, dscores^T, dk
 //
 // They hold elements of scores^T and of dprobs^T in the same lanes, so probabilities go from one to
-// the other through shared memory in any order, in fp32. The consumer of probs runs ahead, into the
-// next key tile too.
+// the other through shared memory in any order, in fp32. The consumer of probs runs ahead, without
+// a mask into the next key tile too.
 //
 //   ring    stages        filled with                released
 //   keys    1             k of a key tile, and its   by all threads of the consumer of probs, after
@@ -23,7 +23,7 @@
 //                         threads of their consumer
 //
 //   barrier  threads               what it orders
-//   1        both consumers (256)  dk and dv of a key tile are written
+//   1        both consumers (256)  with a mask: dk and dv of a key tile are written
 #pragma once
 
 #include <attention/tile_order.cuh>
