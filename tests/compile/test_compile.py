@@ -102,8 +102,11 @@ COVERING = list(
             *asked_for("backward", "sm80", [64, 128], ["plain", "causal_dropout"]),
             *asked_for("backward", "sm90", [96, 128], _DEMANDING[:2]),
             *asked_for("backward", "sm90", [8, 40, 64, 96], _DEMANDING[-1:]),
-            *asked_for("backward", "sm90split", EDGES, _DEMANDING),
-            *asked_for("backward", "sm90split", EDGES, ["plain", "causal_alibi"]),
+            *asked_for("backward", "sm90split", [64, 96, 128], _DEMANDING),
+            *asked_for(
+                "backward", "sm90split", [64, 96, 128], ["plain", "causal_alibi"]
+            ),
+            *asked_for("backward", "sm90split", [192, 256], _DEMANDING[:2]),
             *cells(["sm_80", "sm_86"], EDGES, ["plain", "everything"], ["float16"]),
             *cells(["sm_90"], [8, 40, 96, 160, 224], ["everything"], ["float16"]),
             *short([8, 48, 64, 200, 256], ["causal", *_DEMANDING]),
