@@ -75,6 +75,16 @@ StatusOr<Tiles> choose(const Row<Tiles> (&rows)[kRows], const AttentionSpec& spe
                                std::to_string(target.shared_bytes) + " bytes of shared memory.");
 }
 
+// Of the rings and the threads that sm90/key_walk.cuh gives a kernel.
+int key_walk_shared_bytes(int query_operands, int tile_q, int tile_k, int query_stages,
+                          int key_stages, int value_stages, int head_dim) {
+  const int places = 2 * 16 * query_stages;
+  const int barriers = 2 * 8 * (query_stages + key_stages + value_stages);
+  return query_operands * query_stages * tile_bytes(tile_q, head_dim) +
+         (key_stages + value_stages) * tile_bytes(tile_k, head_dim) + places + barriers;
+}
+int key_walk_threads(int tile_q) { return (tile_q / 64 + 1) * 128; }
+
 // Up to how many queries the split backward is the faster one where both serve. Its two products
 // more cost the same at every length; what it saves weighs less, the longer the walk of a CTA.
 // Dropout is drawn twice. Measurements are in docs/tuning.md.
@@ -125,15 +135,15 @@ StatusOr<SplitBackwardTiles> split_backward_tiles(const AttentionSpec& spec,
 }
 
 int query_gradient_shared_bytes(const SplitBackwardTiles& tiles, int head_dim) {
-  const int places = 2 * 16 * tiles.dq_query_stages;
   constexpr int kStatisticsStages = 2;
-  const int statistics = kStatisticsStages * tiles.dq_tile_q * 8;
-  const int barriers =
-      2 * 8 *
-      (tiles.dq_query_stages + tiles.dq_key_stages + tiles.dq_value_stages + kStatisticsStages);
-  return 2 * tiles.dq_query_stages * tile_bytes(tiles.dq_tile_q, head_dim) +
-         (tiles.dq_key_stages + tiles.dq_value_stages) * tile_bytes(tiles.dq_tile_k, head_dim) +
-         places + barriers + statistics;
+  return key_walk_shared_bytes(/*query_operands=*/2, tiles.dq_tile_q, tiles.dq_tile_k,
+                               tiles.dq_query_stages, tiles.dq_key_stages, tiles.dq_value_stages,
+                               head_dim) +
+         kStatisticsStages * (tiles.dq_tile_q * 8 + 2 * 8);
+}
+
+int query_gradient_threads(const SplitBackwardTiles& tiles) {
+  return key_walk_threads(tiles.dq_tile_q);
 }
 
 int key_gradient_shared_bytes(const SplitBackwardTiles& tiles, int head_dim) {
@@ -163,14 +173,11 @@ std::string describe(const SplitBackwardTiles& tiles) {
 }
 
 int forward_shared_bytes(const ForwardTiles& tiles, int head_dim) {
-  const int places = 2 * 16 * tiles.query_stages;
-  const int barriers = 2 * 8 * (tiles.query_stages + tiles.key_stages + tiles.value_stages);
-  return tiles.query_stages * tile_bytes(tiles.tile_q, head_dim) +
-         (tiles.key_stages + tiles.value_stages) * tile_bytes(tiles.tile_k, head_dim) + places +
-         barriers;
+  return key_walk_shared_bytes(/*query_operands=*/1, tiles.tile_q, tiles.tile_k, tiles.query_stages,
+                               tiles.key_stages, tiles.value_stages, head_dim);
 }
 
-int forward_threads(const ForwardTiles& tiles) { return (tiles.tile_q / 64 + 1) * 128; }
+int forward_threads(const ForwardTiles& tiles) { return key_walk_threads(tiles.tile_q); }
 
 std::string describe(const ForwardTiles& tiles) {
   return "sm90 " + std::to_string(tiles.tile_q) + "x" + std::to_string(tiles.tile_k) + ", " +

@@ -67,8 +67,10 @@ constexpr int kBackwardPostprocessThreads = 256;
 
 std::string describe(const ForwardTiles& tiles);
 std::string describe(const BackwardTiles& tiles);
-// Of the kernel of dq, of that of dk and dv, and the larger of both.
+// Shared memory and threads of the kernel of dq; shared memory of that of dk and dv, and the larger
+// of both.
 int query_gradient_shared_bytes(const SplitBackwardTiles& tiles, int head_dim);
+int query_gradient_threads(const SplitBackwardTiles& tiles);
 int key_gradient_shared_bytes(const SplitBackwardTiles& tiles, int head_dim);
 int split_backward_shared_bytes(const SplitBackwardTiles& tiles, int head_dim);
 std::string describe(const SplitBackwardTiles& tiles);

@@ -89,6 +89,17 @@ StatusOr<Tiles> chosen_tiles(const std::optional<TileOverride>& forced, const At
   return tiles;
 }
 
+// What every Config begins with.
+std::string config_of(const AttentionSpec& spec, const AttentionShape& shape, int tile_q,
+                      int tile_k) {
+  std::string config;
+  element_constants(config, shape);
+  constant(config, "kTileQ", tile_q);
+  constant(config, "kTileK", tile_k);
+  feature_constants(config, spec);
+  return config;
+}
+
 StatusOr<ForwardSpecialization> sm80_forward(const AttentionSpec& spec, const AttentionShape& shape,
                                              const Target& target,
                                              const std::optional<TileOverride>& forced) {
@@ -98,13 +109,9 @@ StatusOr<ForwardSpecialization> sm80_forward(const AttentionSpec& spec, const At
       chosen_tiles(forced, spec, shape, target, sm80::forward_tiles, sm80::forward_shared_bytes));
   const int shared_bytes = sm80::forward_shared_bytes(tiles, head_dim);
 
-  std::string config;
-  element_constants(config, shape);
-  constant(config, "kTileQ", tiles.tile_q);
-  constant(config, "kTileK", tiles.tile_k);
+  std::string config = config_of(spec, shape, tiles.tile_q, tiles.tile_k);
   constant(config, "kWarps", tiles.warps);
   constant(config, "kScoreUnroll", tiles.score_unroll);
-  feature_constants(config, spec);
   const std::string entry = "flash_forward_sm80";
   const std::string source =
       program("sm80/forward.cuh", config, tiles.warps * 32, tiles.ctas, entry, "ForwardParams",
@@ -126,15 +133,11 @@ StatusOr<ForwardSpecialization> sm90_forward(const AttentionSpec& spec, const At
       chosen_tiles(forced, spec, shape, target, sm90::forward_tiles, sm90::forward_shared_bytes));
   const int shared_bytes = sm90::forward_shared_bytes(tiles, head_dim);
 
-  std::string config;
-  element_constants(config, shape);
-  constant(config, "kTileQ", tiles.tile_q);
-  constant(config, "kTileK", tiles.tile_k);
+  std::string config = config_of(spec, shape, tiles.tile_q, tiles.tile_k);
   constant(config, "kQueryStages", tiles.query_stages);
   constant(config, "kKeyStages", tiles.key_stages);
   constant(config, "kValueStages", tiles.value_stages);
   constant(config, "kProbBuffers", tiles.prob_buffers);
-  feature_constants(config, spec);
   const std::string entry = "flash_forward_sm90";
   const int threads = sm90::forward_threads(tiles);
   const std::string source =
@@ -166,17 +169,13 @@ StatusOr<BackwardSpecialization> sm80_backward(const AttentionSpec& spec,
       chosen_tiles(forced, spec, shape, target, sm80::backward_tiles, sm80::backward_shared_bytes));
   const int shared_bytes = sm80::backward_shared_bytes(tiles, head_dim);
 
-  std::string layout;
-  element_constants(layout, shape);
-  constant(layout, "kTileQ", tiles.tile_q);
-  constant(layout, "kTileK", tiles.tile_k);
+  std::string layout = config_of(spec, shape, tiles.tile_q, tiles.tile_k);
   constant(layout, "kWarps", tiles.warps);
   constant(layout, "kScoreRowWarps", tiles.score_row_warps);
   constant(layout, "kKeyRowWarps", tiles.key_row_warps);
   constant(layout, "kQueryRowWarps", tiles.query_row_warps);
   constant(layout, "kStages", tiles.stages);
   constant(layout, "kScoreUnroll", tiles.score_unroll);
-  feature_constants(layout, spec);
   const std::string postprocess_entry = "flash_backward_postprocess_sm80";
   const std::string postprocess =
       program("sm80/backward.cuh", layout, tiles.warps * 32, 1, postprocess_entry, "BackwardParams",
@@ -208,25 +207,17 @@ StatusOr<BackwardSpecialization> sm90_split_backward(const AttentionSpec& spec,
   JFA_ASSIGN_OR_RETURN(const sm90::SplitBackwardTiles tiles,
                        chosen_tiles(forced, spec, shape, target, sm90::split_backward_tiles,
                                     sm90::split_backward_shared_bytes));
-  const auto config_of = [&](int tile_q, int tile_k) {
-    std::string config;
-    element_constants(config, shape);
-    constant(config, "kTileQ", tile_q);
-    constant(config, "kTileK", tile_k);
-    feature_constants(config, spec);
-    return config;
-  };
-  std::string dq_config = config_of(tiles.dq_tile_q, tiles.dq_tile_k);
+  std::string dq_config = config_of(spec, shape, tiles.dq_tile_q, tiles.dq_tile_k);
   constant(dq_config, "kQueryStages", tiles.dq_query_stages);
   constant(dq_config, "kKeyStages", tiles.dq_key_stages);
   constant(dq_config, "kValueStages", tiles.dq_value_stages);
   const std::string dq_entry = "flash_query_gradient_sm90";
-  const int dq_threads = (tiles.dq_tile_q / 64 + 1) * 128;
+  const int dq_threads = sm90::query_gradient_threads(tiles);
   const std::string dq_source =
       program("sm90/query_gradient.cuh", dq_config, dq_threads, 1, dq_entry,
               "Sm90DealtBackwardParams", "jfa::sm90::query_gradient<Config>(params, shared)");
 
-  std::string config = config_of(tiles.tile_q, tiles.tile_k);
+  std::string config = config_of(spec, shape, tiles.tile_q, tiles.tile_k);
   constant(config, "kQueryStages", tiles.query_stages);
   constant(config, "kDoutStages", tiles.dout_stages);
   const std::string entry = "flash_key_gradient_sm90";
@@ -263,13 +254,9 @@ StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
       chosen_tiles(forced, spec, shape, target, sm90::backward_tiles, sm90::backward_shared_bytes));
   const int shared_bytes = sm90::backward_shared_bytes(tiles, head_dim);
 
-  std::string config;
-  element_constants(config, shape);
-  constant(config, "kTileQ", tiles.tile_q);
-  constant(config, "kTileK", tiles.tile_k);
+  std::string config = config_of(spec, shape, tiles.tile_q, tiles.tile_k);
   constant(config, "kQueryStages", tiles.query_stages);
   constant(config, "kDoutStages", tiles.dout_stages);
-  feature_constants(config, spec);
   const std::string file = "sm90/backward.cuh";
   const std::string postprocess_entry = "flash_backward_postprocess_sm90";
   const std::string postprocess =

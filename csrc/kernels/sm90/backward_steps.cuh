@@ -11,6 +11,7 @@
 #include <params/backward_params.h>
 #include <ptx/tma.cuh>
 #include <ptx/warpgroup.cuh>
+#include <sm90/load_tile.cuh>
 #include <tile/bulk_accumulator.cuh>
 #include <tile/copy.cuh>
 #include <tile/descriptor.cuh>
@@ -83,15 +84,6 @@ struct BackwardStages {
         keys{shared_address + Shapes::kKeyRingOffset} {}
 };
 
-template <class Tile>
-__device__ __forceinline__ void load_panels(unsigned shared, const TensorMap& map, unsigned barrier,
-                                            int row, int head, int batch) {
-#pragma unroll
-  for (int panel = 0; panel < Tile::kPanels; ++panel)
-    ptx::tma_load(shared + panel * Tile::kPanelBytes, map, barrier, ptx::kEvictLast,
-                  panel * tile::kPanelColumns, row, head, batch);
-}
-
 // Fetches the query tiles of a walk: q before dout, since consumers want the next step's q before
 // this step's dq. load_keys() follows the first q.
 // Threads: one.
@@ -114,8 +106,8 @@ __device__ __forceinline__ void load_queries(const TensorMap& q, const TensorMap
     const int first_query = step.query_tile * Config::kTileQ;
     const unsigned barrier = ring.full(at.stage());
     ring.begin_fill(at, QueryTile::kBytes + Shapes::kStatisticsBytes);
-    load_panels<QueryTile>(stages.shared + tile_offset + at.stage() * QueryTile::kBytes, map,
-                           barrier, first_query, step.head, map_batch);
+    load_tile<QueryTile>(stages.shared + tile_offset + at.stage() * QueryTile::kBytes, map, barrier,
+                         ptx::kEvictLast, first_query, step.head, map_batch);
     ptx::bulk_load(stages.shared + statistics_offset + at.stage() * Shapes::kStatisticsBytes,
                    statistics + attention::workspace_row(backward, batch, step.head, first_query),
                    Shapes::kStatisticsBytes, barrier);
@@ -150,17 +142,18 @@ __device__ __forceinline__ void produce_backward(const Sm90BackwardParams& param
   const BackwardWalk<Config> walk(attention);
   typename Shapes::QueryPosition query_at;
   typename Shapes::DoutPosition dout_at;
-  load_queries<Config>(
-      params.q, params.dout, params.backward, stages, walk, query_at, dout_at, [&] {
-        const int batch = walk.place.batch;
-        const unsigned barrier = stages.keys.full(0);
-        ptx::mbarrier_arrive_expect(barrier, 2 * KeyTile::kBytes);
-        load_panels<KeyTile>(stages.shared + Shapes::kKeyOffset, params.k, barrier, walk.first_key,
-                             walk.place.head, attention::own_batch(batch, attention.k.batches));
-        load_panels<KeyTile>(stages.shared + Shapes::kValueOffset, params.v, barrier,
-                             walk.first_key, walk.place.head,
-                             attention::own_batch(batch, attention.v.batches));
-      });
+  load_queries<Config>(params.q, params.dout, params.backward, stages, walk, query_at, dout_at,
+                       [&] {
+                         const int batch = walk.place.batch;
+                         const unsigned barrier = stages.keys.full(0);
+                         ptx::mbarrier_arrive_expect(barrier, 2 * KeyTile::kBytes);
+                         load_tile<KeyTile>(stages.shared + Shapes::kKeyOffset, params.k, barrier,
+                                            ptx::kEvictLast, walk.first_key, walk.place.head,
+                                            attention::own_batch(batch, attention.k.batches));
+                         load_tile<KeyTile>(stages.shared + Shapes::kValueOffset, params.v, barrier,
+                                            ptx::kEvictLast, walk.first_key, walk.place.head,
+                                            attention::own_batch(batch, attention.v.batches));
+                       });
 }
 
 // Which elements of a thread's share of scores^T dropout keeps.

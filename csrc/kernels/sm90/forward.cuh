@@ -33,8 +33,6 @@
 
 namespace jfa::sm90 {
 
-constexpr int kTurnBarrier = 1;
-
 template <class Config>
 struct ForwardShapes : KeyWalkShapes<Config, 1, false> {
   // Whether the first product of a query tile starts before the last out is written.
@@ -98,8 +96,7 @@ template <class Config>
 __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
                                         const ForwardStages<Config>& stages, int consumer) {
   using Shapes = ForwardShapes<Config>;
-  using Stages = ForwardStages<Config>;
-  using Place = typename Stages::Place;
+  using Place = attention::TilePlace;
   using Element = typename Config::Element;
   using QueryTile = typename Shapes::QueryTile;
   using KeyTile = typename Shapes::KeyTile;
@@ -134,25 +131,17 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
   };
   // The query position stays: it also says where the place of the tile is.
   const auto release_query = [&] { stages.query.release(query.stage()); };
-  const auto await_turn = [&] {
-    if (Shapes::kConsumers > 1) ptx::barrier_sync(kTurnBarrier + consumer, 256);
-  };
-  const auto pass_turn = [&] {
-    if (Shapes::kConsumers > 1)
-      ptx::barrier_arrive(kTurnBarrier + (consumer + 1) % Shapes::kConsumers, 256);
-  };
+  const ConsumerTurns<Shapes::kConsumers> turns{consumer};
   // Waits for what the first product of a query tile reads, and returns where the tile lies.
   const auto await_tile = [&]() -> Place {
     stages.query.wait_full(query);
     const Place place = stages.place(query);
-    if (place.tile != Stages::kNoTile && !range.key_tiles(place.tile * Config::kTileQ).empty())
+    if (place.tile != kNoTile && !range.key_tiles(place.tile * Config::kTileQ).empty())
       stages.key.wait_full(key);
     return place;
   };
 
-  // The first consumer starts first.
-  if (Shapes::kConsumers > 1 && consumer == Shapes::kConsumers - 1)
-    ptx::barrier_arrive(kTurnBarrier, 256);
+  turns.start();
 
   Place next;
   if (Shapes::kAcrossTiles) {
@@ -163,7 +152,7 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
   while (true) {
     if constexpr (!Shapes::kAcrossTiles) next = await_tile();
     const Place place = next;
-    if (place.tile == Stages::kNoTile) break;
+    if (place.tile == kNoTile) break;
     const int first_query = place.tile * Config::kTileQ;
     const attention::Range key_tiles = range.key_tiles(first_query);
     const attention::ScoreTransform<Config> transform(attention, place.batch, place.head);
@@ -197,10 +186,10 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
     const auto step = [&](int key_tile, const Probs& before, Probs& probs) {
       constexpr bool kOverlap = Config::kProbBuffers == 2;
       stages.key.wait_full(key);
-      await_turn();
+      turns.await();
       start_scores();
       start_out(before);
-      pass_turn();
+      turns.pass();
       ptx::wgmma_wait<kOverlap ? 1 : 0>();  // scores are there; with kOverlap, p v runs on
       release_key();
       if (key_tile == key_tiles.begin) release_query();
@@ -218,11 +207,11 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
     const auto cross = [&](auto start_last_out) {
       query.advance();
       if constexpr (Shapes::kAcrossTiles) {
-        await_turn();
+        turns.await();
         start_last_out();
         next = await_tile();
         start_scores();
-        pass_turn();
+        turns.pass();
         ptx::wgmma_wait<1>();  // out is there
       } else {
         start_last_out();
@@ -275,7 +264,7 @@ __device__ __forceinline__ void consume(const Sm90ForwardParams& params,
 template <class Config>
 __device__ __forceinline__ void forward(const Sm90ForwardParams& params, unsigned char* shared) {
   using Shapes = ForwardShapes<Config>;
-  using Place = typename ForwardStages<Config>::Place;
+  using Place = attention::TilePlace;
   const AttentionParams& attention = params.forward.attention;
   const ForwardStages<Config> stages(shared);
   const auto load_q = [&](unsigned target, unsigned barrier, const Place& place) {

@@ -25,6 +25,7 @@
 
 #include <attention/tile_order.cuh>
 #include <sm90/backward_steps.cuh>
+#include <sm90/tile_places.cuh>
 
 namespace jfa::sm90 {
 
@@ -60,7 +61,7 @@ struct KeyGradientShapes {
   static constexpr int kLseOffset = kDoutOffset + Config::kDoutStages * QueryTile::kBytes;
   static constexpr int kDeltaOffset = kLseOffset + Config::kQueryStages * kStatisticsBytes;
   static constexpr int kPlaceOffset = kDeltaOffset + Config::kDoutStages * kStatisticsBytes;
-  static constexpr int kQueryRingOffset = kPlaceOffset + kPlaces * static_cast<int>(sizeof(int4));
+  static constexpr int kQueryRingOffset = kPlaceOffset + kPlaces * TilePlaces::kSlotBytes;
   static constexpr int kDoutRingOffset = kQueryRingOffset + QueryRing::kBytes;
   static constexpr int kKeyRingOffset = kDoutRingOffset + DoutRing::kBytes;
   static constexpr int kSharedBytes = kKeyRingOffset + KeyRing::kBytes;
@@ -70,22 +71,11 @@ struct KeyGradientShapes {
 template <class Config>
 struct KeyGradientStages : BackwardStages<KeyGradientShapes<Config>> {
   using Shapes = KeyGradientShapes<Config>;
-  using Place = attention::TilePlace;
-  static constexpr int kNoTile = -1;  // there are no more
-  int4* places;
+  TilePlaces places;
 
   __device__ __forceinline__ explicit KeyGradientStages(unsigned char* shared_memory)
       : BackwardStages<Shapes>(tile::shared_address(shared_memory)),
-        places(reinterpret_cast<int4*>(shared_memory + Shapes::kPlaceOffset)) {}
-
-  __device__ __forceinline__ void put_place(const typename Shapes::KeyPosition& at,
-                                            const Place& place) const {
-    places[at.stage()] = make_int4(place.tile, place.head, place.batch, 0);
-  }
-  __device__ __forceinline__ Place place(const typename Shapes::KeyPosition& at) const {
-    const int4 place = places[at.stage()];
-    return {ptx::uniform(place.x), ptx::uniform(place.y), ptx::uniform(place.z)};
-  }
+        places(shared_memory + Shapes::kPlaceOffset) {}
 };
 
 // Threads: one.
@@ -93,21 +83,17 @@ template <class Config>
 __device__ __forceinline__ void produce_key_gradient(const Sm90DealtBackwardParams& params,
                                                      const KeyGradientStages<Config>& stages) {
   using Shapes = KeyGradientShapes<Config>;
-  using Stages = KeyGradientStages<Config>;
-  using Place = typename Stages::Place;
+  using Place = attention::TilePlace;
   using KeyTile = typename Shapes::KeyTile;
   const AttentionParams& attention = params.backward.attention;
   typename Shapes::KeyPosition keys_at;
   typename Shapes::QueryPosition query_at;
   typename Shapes::DoutPosition dout_at;
   attention::TileOrder<Config, /*kOfKeys=*/true> order(attention, params.tiles);
-  const auto next_place = [&] {
-    return order.valid() ? order.place() : Place{Stages::kNoTile, 0, 0};
-  };
   const auto load_keys = [&](const Place& place) {
     stages.keys.await_empty(keys_at);
-    stages.put_place(keys_at, place);
-    if (place.tile == Stages::kNoTile) {
+    stages.places.put(keys_at.stage(), place);
+    if (place.tile == kNoTile) {
       stages.keys.announce(keys_at, 0);
       return;
     }
@@ -116,22 +102,22 @@ __device__ __forceinline__ void produce_key_gradient(const Sm90DealtBackwardPara
         stages.shared + Shapes::kKeyOffset + keys_at.stage() * Shapes::kKeyBytes;
     const int row = place.tile * Config::kTileK;
     stages.keys.announce(keys_at, Shapes::kKeyBytes);
-    load_panels<KeyTile>(target, params.k, barrier, row, place.head,
-                         attention::own_batch(place.batch, attention.k.batches));
-    load_panels<KeyTile>(target + KeyTile::kBytes, params.v, barrier, row, place.head,
-                         attention::own_batch(place.batch, attention.v.batches));
+    load_tile<KeyTile>(target, params.k, barrier, ptx::kEvictLast, row, place.head,
+                       attention::own_batch(place.batch, attention.k.batches));
+    load_tile<KeyTile>(target + KeyTile::kBytes, params.v, barrier, ptx::kEvictLast, row,
+                       place.head, attention::own_batch(place.batch, attention.v.batches));
     keys_at.advance();
   };
 
-  Place place = next_place();
+  Place place = next_place(order);
   load_keys(place);
 #pragma unroll 1
-  while (place.tile != Stages::kNoTile) {
+  while (place.tile != kNoTile) {
     load_queries<Config>(params.q, params.dout, params.backward,
                          static_cast<const BackwardStages<Shapes>&>(stages),
                          BackwardWalk<Config, false>(attention, place), query_at, dout_at, [] {});
     order.advance();
-    place = next_place();
+    place = next_place(order);
     load_keys(place);
   }
 }
@@ -142,7 +128,6 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
                                                      const KeyGradientStages<Config>& stages,
                                                      unsigned char* shared, int consumer) {
   using Shapes = KeyGradientShapes<Config>;
-  using Stages = KeyGradientStages<Config>;
   using Element = typename Config::Element;
   using QueryTile = typename Shapes::QueryTile;
   using KeyTile = typename Shapes::KeyTile;
@@ -198,8 +183,8 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
   // Waits for what the first step of a key tile reads, and returns where the tile lies.
   const auto await_tile = [&]() -> attention::TilePlace {
     stages.keys.wait_full(keys_at);
-    const attention::TilePlace place = stages.place(keys_at);
-    if (place.tile != Stages::kNoTile && Walk(attention, place).steps() > 0) {
+    const attention::TilePlace place = stages.places.get(keys_at.stage());
+    if (place.tile != kNoTile && Walk(attention, place).steps() > 0) {
       stages.query.wait_full(query_at);
       stages.dout.wait_full(dout_at);
     }
@@ -215,7 +200,7 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
 #pragma unroll 1
   while (true) {
     const attention::TilePlace place = next;
-    if (place.tile == Stages::kNoTile) break;
+    if (place.tile == kNoTile) break;
     const Walk walk(attention, place);
     dk.clear();
     dv.clear();

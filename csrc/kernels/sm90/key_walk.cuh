@@ -16,6 +16,8 @@
 #include <params/tensor_map.h>
 #include <ptx/tma.cuh>
 #include <ptx/warpgroup.cuh>
+#include <sm90/load_tile.cuh>
+#include <sm90/tile_places.cuh>
 #include <tile/ring.cuh>
 #include <tile/shared_tile.cuh>
 
@@ -56,7 +58,7 @@ struct KeyWalkShapes {
   static constexpr int kKeyOffset = kQueryOffset + Config::kQueryStages * kQueryBytes;
   static constexpr int kValueOffset = kKeyOffset + Config::kKeyStages * KeyTile::kBytes;
   static constexpr int kPlaceOffset = kValueOffset + Config::kValueStages * KeyTile::kBytes;
-  static constexpr int kQueryRingOffset = kPlaceOffset + kPlaces * static_cast<int>(sizeof(int4));
+  static constexpr int kQueryRingOffset = kPlaceOffset + kPlaces * TilePlaces::kSlotBytes;
   static constexpr int kKeyRingOffset = kQueryRingOffset + QueryRing::kBytes;
   static constexpr int kValueRingOffset = kKeyRingOffset + KeyRing::kBytes;
   static constexpr int kSharedBytes = kValueRingOffset + ValueRing::kBytes;
@@ -67,14 +69,14 @@ template <class Config, class ShapesOfKernel>
 struct KeyWalkStages {
   using Shapes = ShapesOfKernel;
   unsigned shared;
-  int4* places;
+  TilePlaces places;
   typename Shapes::QueryRing query;
   typename Shapes::KeyRing key;
   typename Shapes::ValueRing value;
 
   __device__ __forceinline__ explicit KeyWalkStages(unsigned char* shared_memory)
       : shared(tile::shared_address(shared_memory)),
-        places(reinterpret_cast<int4*>(shared_memory + Shapes::kPlaceOffset)),
+        places(shared_memory + Shapes::kPlaceOffset),
         query{shared + Shapes::kQueryRingOffset},
         key{shared + Shapes::kKeyRingOffset},
         value{shared + Shapes::kValueRingOffset} {}
@@ -87,30 +89,32 @@ struct KeyWalkStages {
     ptx::mbarrier_init_fence();
   }
 
-  // Where a query tile lies. Divisions stand between the number of a CTA and its tile; the producer
-  // has time for them.
-  using Place = attention::TilePlace;
-  static constexpr int kNoTile = -1;  // there are no more
-  __device__ __forceinline__ void put_place(const typename Shapes::QueryPosition& at,
-                                            const Place& place) const {
-    places[at.fills % Shapes::kPlaces] = make_int4(place.tile, place.head, place.batch, 0);
-  }
-  __device__ __forceinline__ Place place(const typename Shapes::QueryPosition& at) const {
-    const int4 place = places[at.fills % Shapes::kPlaces];
-    return {ptx::uniform(place.x), ptx::uniform(place.y), ptx::uniform(place.z)};
+  // Where the query tile of a fill lies.
+  __device__ __forceinline__ attention::TilePlace place(
+      const typename Shapes::QueryPosition& at) const {
+    return places.get(at.fills % Shapes::kPlaces);
   }
 };
 
-// Starts the copies of all panels of a tile.
-template <class Tile>
-__device__ __forceinline__ void load_tile(unsigned shared, const TensorMap& map, unsigned barrier,
-                                          unsigned long long cache_policy, int row, int head,
-                                          int batch) {
-#pragma unroll
-  for (int panel = 0; panel < Tile::kPanels; ++panel)
-    ptx::tma_load(shared + panel * Tile::kPanelBytes, map, barrier, cache_policy,
-                  panel * tile::kPanelColumns, row, head, batch);
-}
+// Turns of the consumers at starting products. Barrier 1 + consumer is that consumer's turn: it
+// waits there, and who passes the turn arrives. Threads: a whole warpgroup.
+template <int kConsumers>
+struct ConsumerTurns {
+  static constexpr int kBarrier = 1;
+  static constexpr int kThreads = 2 * 128;
+  int consumer;
+
+  // The first consumer starts first: the last one passes it a turn that it never had.
+  __device__ __forceinline__ void start() const {
+    if (kConsumers > 1 && consumer == kConsumers - 1) ptx::barrier_arrive(kBarrier, kThreads);
+  }
+  __device__ __forceinline__ void await() const {
+    if (kConsumers > 1) ptx::barrier_sync(kBarrier + consumer, kThreads);
+  }
+  __device__ __forceinline__ void pass() const {
+    if (kConsumers > 1) ptx::barrier_arrive(kBarrier + (consumer + 1) % kConsumers, kThreads);
+  }
+};
 
 // load_operands(shared, barrier, place) starts the copies of a query tile's operands.
 // Threads: one.
@@ -119,8 +123,7 @@ __device__ __forceinline__ void produce(const KeyWalkStages<Config, Shapes>& sta
                                         const AttentionParams& attention, const DealtTiles& tiles,
                                         const TensorMap& k, const TensorMap& v,
                                         LoadOperands load_operands) {
-  using Stages = KeyWalkStages<Config, Shapes>;
-  using Place = typename Stages::Place;
+  using Place = attention::TilePlace;
   using KeyTile = typename Shapes::KeyTile;
   const attention::VisibleRange<Config> range(attention);
   const int group = attention.heads / attention.heads_k;
@@ -128,9 +131,6 @@ __device__ __forceinline__ void produce(const KeyWalkStages<Config, Shapes>& sta
   typename Shapes::KeyPosition key;
   typename Shapes::ValuePosition value;
   attention::TileOrder<Config> order(attention, tiles);
-  const auto next_place = [&] {
-    return order.valid() ? order.place() : Place{Stages::kNoTile, 0, 0};
-  };
   // The keys of a query tile: which tiles, and where they lie. Worked out once for all of them:
   // what stands between the wait for a stage and its copy, all consumers wait for (docs/tuning.md).
   struct Keys {
@@ -148,8 +148,8 @@ __device__ __forceinline__ void produce(const KeyWalkStages<Config, Shapes>& sta
   };
   const auto load_query = [&](const Place& place) {
     stages.query.await_empty(query);
-    stages.put_place(query, place);
-    if (place.tile == Stages::kNoTile) {
+    stages.places.put(query.fills % Shapes::kPlaces, place);
+    if (place.tile == kNoTile) {
       stages.query.announce(query, 0);
       return;
     }
@@ -173,17 +173,17 @@ __device__ __forceinline__ void produce(const KeyWalkStages<Config, Shapes>& sta
     value.advance();
   };
 
-  Place place = next_place();
+  Place place = next_place(order);
   load_query(place);
   Keys keys = keys_of(place);
   const auto load_first_key = [&](const Place& of) {
-    if (of.tile != Stages::kNoTile && keys.first <= keys.last) load_key(keys, keys.last);
+    if (of.tile != kNoTile && keys.first <= keys.last) load_key(keys, keys.last);
   };
   load_first_key(place);
 #pragma unroll 1
-  while (place.tile != Stages::kNoTile) {
+  while (place.tile != kNoTile) {
     order.advance();
-    const Place next = next_place();
+    const Place next = next_place(order);
     if (Config::kQueryStages > 1) load_query(next);
 #pragma unroll 1
     for (int first_key = keys.last; first_key >= keys.first; first_key -= Config::kTileK) {

@@ -40,7 +40,6 @@ struct QueryGradientShapes : KeyWalkShapes<Config, 2, true> {
   using KeyWalk = KeyWalkShapes<Config, 2, true>;
   static_assert(kWorkspaceRowMultiple % Config::kTileQ == 0, "statistics are padded to that");
   static_assert(Config::kKeyStages > 1, "k of a tile is kept beside the next one's");
-  static constexpr int kTurnBarrier = 1;
   // The warps that read rows keep many loads on their way; consumers get along with what is left.
   static_assert(KeyWalk::kConsumers == 2, "registers are dealt out for two consumers");
   static constexpr int kProducerRegisters = 72;
@@ -110,6 +109,9 @@ __device__ __forceinline__ void make_statistics(const Sm90DealtBackwardParams& p
   constexpr int kPassRows = 32 / kRowLanes * kRows;
   const BackwardParams& backward = params.backward;
   const int lane = threadIdx.x % 32;
+  const auto tile_row = [&](int pass, int i) {
+    return (pass * kRows + i) * (32 / kRowLanes) + lane / kRowLanes;
+  };
   typename Shapes::StatisticsPosition at;
   attention::TileOrder<Config> order(backward.attention, params.tiles);
 #pragma unroll 1
@@ -127,8 +129,7 @@ __device__ __forceinline__ void make_statistics(const Sm90DealtBackwardParams& p
       float sums[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const int row =
-            place.tile * Config::kTileQ + (pass * kRows + i) * (32 / kRowLanes) + lane / kRowLanes;
+        const int row = place.tile * Config::kTileQ + tile_row(pass, i);
         known[i] = statistics.load(row);
         const long long read_row = statistics.existing(row);
         sums[i] = 0.0f;
@@ -148,11 +149,10 @@ __device__ __forceinline__ void make_statistics(const Sm90DealtBackwardParams& p
         for (int offset = kRowLanes / 2; offset > 0; offset /= 2)
           sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], offset);
         if (lane % kRowLanes == 0) {
-          const int tile_row = (pass * kRows + i) * (32 / kRowLanes) + lane / kRowLanes;
           const float lse_log2 = known[i].lse_log2();
           const float delta = known[i].delta(sums[i]);
-          stages.row(at, tile_row) = {lse_log2, delta};
-          statistics.store(place.tile * Config::kTileQ + tile_row, lse_log2, delta);
+          stages.row(at, tile_row(pass, i)) = {lse_log2, delta};
+          statistics.store(place.tile * Config::kTileQ + tile_row(pass, i), lse_log2, delta);
         }
       }
     }
@@ -186,7 +186,6 @@ __device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardPa
                                                        const QueryGradientStages<Config>& stages,
                                                        int consumer) {
   using Shapes = QueryGradientShapes<Config>;
-  using Stages = QueryGradientStages<Config>;
   using Element = typename Config::Element;
   using QueryTile = typename Shapes::QueryTile;
   using KeyTile = typename Shapes::KeyTile;
@@ -211,13 +210,7 @@ __device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardPa
   const auto key = [&] { return typename Shapes::KeyPosition{steps}; };
   const auto key_before = [&] { return typename Shapes::KeyPosition{steps - 1}; };
   const auto value = [&] { return typename Shapes::ValuePosition{steps}; };
-  const auto await_turn = [&] {
-    if (Shapes::kConsumers > 1) ptx::barrier_sync(Shapes::kTurnBarrier + consumer, 256);
-  };
-  const auto pass_turn = [&] {
-    if (Shapes::kConsumers > 1)
-      ptx::barrier_arrive(Shapes::kTurnBarrier + (consumer + 1) % Shapes::kConsumers, 256);
-  };
+  const ConsumerTurns<Shapes::kConsumers> turns{consumer};
   const auto start_scores = [&] {
     const unsigned base = shared();
     tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
@@ -249,15 +242,13 @@ __device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardPa
     if (leads) stages.value.release(value().stage());
   };
 
-  // The first consumer starts first.
-  if (Shapes::kConsumers > 1 && consumer == Shapes::kConsumers - 1)
-    ptx::barrier_arrive(Shapes::kTurnBarrier, 256);
+  turns.start();
 
 #pragma unroll 1
   while (true) {
     stages.query.wait_full(query);
     const auto place = stages.place(query);
-    if (place.tile == Stages::kNoTile) break;
+    if (place.tile == kNoTile) break;
     const int first_query = place.tile * Config::kTileQ;
     const attention::Range key_tiles = range.key_tiles(first_query);
     const attention::ScoreTransform<Config> transform(attention, place.batch, place.head);
@@ -269,10 +260,10 @@ __device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardPa
       stages.statistics.release(statistics_at.stage());
     } else {
       stages.key.wait_full(key());
-      await_turn();
+      turns.await();
       start_scores();
       start_dprobs();
-      pass_turn();
+      turns.pass();
       stages.statistics.wait_full(statistics_at);
       QueryStatistics rows[2];
 #pragma unroll
@@ -324,11 +315,11 @@ __device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardPa
         first_key -= Config::kTileK;
         ++steps;
         stages.key.wait_full(key());
-        await_turn();
+        turns.await();
         start_scores();
         start_gradient();
         start_dprobs();
-        pass_turn();
+        turns.pass();
         ptx::wgmma_wait<2>();  // scores
         make_probs({first_query + warp_row, first_key}, first_key);
         ptx::wgmma_wait<0>();  // dq and dprobs
@@ -338,9 +329,9 @@ __device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardPa
       }
       stages.query.release(query.stage());
       ++steps;
-      await_turn();
+      turns.await();
       start_gradient();
-      pass_turn();
+      turns.pass();
       ptx::wgmma_wait<0>();
       release_key();
     }
@@ -356,7 +347,7 @@ __device__ __forceinline__ void query_gradient(const Sm90DealtBackwardParams& pa
                                                unsigned char* shared) {
   using Shapes = QueryGradientShapes<Config>;
   using QueryTile = typename Shapes::QueryTile;
-  using Place = typename QueryGradientStages<Config>::Place;
+  using Place = attention::TilePlace;
   const AttentionParams& attention = params.backward.attention;
   const QueryGradientStages<Config> stages(shared);
   const auto load_q_and_dout = [&](unsigned target, unsigned barrier, const Place& place) {

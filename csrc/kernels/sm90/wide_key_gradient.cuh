@@ -28,6 +28,7 @@
 
 #include <attention/tile_order.cuh>
 #include <sm90/backward_steps.cuh>
+#include <sm90/tile_places.cuh>
 
 namespace jfa::sm90 {
 
@@ -65,7 +66,8 @@ struct WideKeyGradientShapes {
   static constexpr int kLseOffset = kProbsOffset + kProbsStages * kProbsBytes;
   static constexpr int kDeltaOffset = kLseOffset + Config::kQueryStages * kStatisticsBytes;
   static constexpr int kPlaceOffset = kDeltaOffset + Config::kDoutStages * kStatisticsBytes;
-  static constexpr int kQueryRingOffset = kPlaceOffset + 2 * static_cast<int>(sizeof(int4));
+  static constexpr int kQueryRingOffset =
+      kPlaceOffset + kBackwardConsumers * TilePlaces::kSlotBytes;
   static constexpr int kDoutRingOffset = kQueryRingOffset + QueryRing::kBytes;
   static constexpr int kKeyRingOffset = kDoutRingOffset + DoutRing::kBytes;
   static constexpr int kValueRingOffset = kKeyRingOffset + KeyRing::kBytes;
@@ -77,15 +79,15 @@ struct WideKeyGradientShapes {
 template <class Config>
 struct WideKeyGradientStages : BackwardStages<WideKeyGradientShapes<Config>> {
   using Shapes = WideKeyGradientShapes<Config>;
-  using Place = attention::TilePlace;
-  static constexpr int kNoTile = -1;  // there are no more
   unsigned char* memory;
+  TilePlaces places;  // a slot for each consumer: they are not in one key tile all the time
   typename Shapes::ValueRing values;
   typename Shapes::ProbsRing probs;
 
   __device__ __forceinline__ explicit WideKeyGradientStages(unsigned char* shared_memory)
       : BackwardStages<Shapes>(tile::shared_address(shared_memory)),
         memory(shared_memory),
+        places(shared_memory + Shapes::kPlaceOffset),
         values{this->shared + Shapes::kValueRingOffset},
         probs{this->shared + Shapes::kProbsRingOffset} {}
 
@@ -98,15 +100,6 @@ struct WideKeyGradientStages : BackwardStages<WideKeyGradientShapes<Config>> {
     probs.init(128, /*fillers=*/128);
     ptx::mbarrier_init_fence();
   }
-
-  // Where the key tile lies, as each consumer finds it: they are not in the same one all the time.
-  __device__ __forceinline__ int4& place_of(int consumer) const {
-    return reinterpret_cast<int4*>(memory + Shapes::kPlaceOffset)[consumer];
-  }
-  __device__ __forceinline__ Place place(int consumer) const {
-    const int4 place = place_of(consumer);
-    return {ptx::uniform(place.x), ptx::uniform(place.y), ptx::uniform(place.z)};
-  }
 };
 
 // Threads: one.
@@ -114,8 +107,7 @@ template <class Config>
 __device__ __forceinline__ void produce_wide_key_gradient(
     const Sm90DealtBackwardParams& params, const WideKeyGradientStages<Config>& stages) {
   using Shapes = WideKeyGradientShapes<Config>;
-  using Stages = WideKeyGradientStages<Config>;
-  using Place = typename Stages::Place;
+  using Place = attention::TilePlace;
   using KeyTile = typename Shapes::KeyTile;
   const AttentionParams& attention = params.backward.attention;
   typename Shapes::KeyPosition keys_at;
@@ -127,14 +119,15 @@ __device__ __forceinline__ void produce_wide_key_gradient(
     const auto load = [&](int consumer, const auto& ring, const TensorMap& map, int offset,
                           int batches) {
       ring.await_empty(keys_at);
-      stages.place_of(consumer) = make_int4(place.tile, place.head, place.batch, 0);
-      if (place.tile == Stages::kNoTile) {
+      stages.places.put(consumer, place);
+      if (place.tile == kNoTile) {
         ring.announce(keys_at, 0);
         return;
       }
       ring.announce(keys_at, KeyTile::kBytes);
-      load_panels<KeyTile>(stages.shared + offset, map, ring.full(0), place.tile * Config::kTileK,
-                           place.head, attention::own_batch(place.batch, batches));
+      load_tile<KeyTile>(stages.shared + offset, map, ring.full(0), ptx::kEvictLast,
+                         place.tile * Config::kTileK, place.head,
+                         attention::own_batch(place.batch, batches));
     };
     load(0, stages.keys, params.k, Shapes::kKeyOffset, attention.k.batches);
     load(1, stages.values, params.v, Shapes::kValueOffset, attention.v.batches);
@@ -152,7 +145,7 @@ __device__ __forceinline__ void produce_wide_key_gradient(
                            dout_at, [&] { load_keys(place); });
     }
   }
-  load_keys({Stages::kNoTile, 0, 0});
+  load_keys({kNoTile, 0, 0});
 }
 
 // What both consumers have: the walk of a key tile, and positions in the rings.
@@ -337,7 +330,6 @@ template <class Config>
 __device__ __forceinline__ void consume_wide_key_gradient(
     const Sm90DealtBackwardParams& params, const WideKeyGradientStages<Config>& stages,
     int consumer) {
-  using Stages = WideKeyGradientStages<Config>;
   const BackwardParams& backward = params.backward;
   const AttentionParams& attention = backward.attention;
   WideKeyConsumer<Config> self(params, stages);
@@ -349,8 +341,8 @@ __device__ __forceinline__ void consume_wide_key_gradient(
     else
       stages.values.wait_full(self.keys_at);
     self.keys_at.advance();
-    const attention::TilePlace place = stages.place(consumer);
-    if (place.tile == Stages::kNoTile) break;
+    const attention::TilePlace place = stages.places.get(consumer);
+    if (place.tile == kNoTile) break;
     const BackwardWalk<Config, false> walk(attention, place);
     gradient.clear();
     if (consumer == 0)

@@ -1,0 +1,36 @@
+// Where the tiles of a persistent CTA lie, as its producer tells the consumers through shared
+// memory. Divisions stand between the number of a CTA and its tile; the producer has time for them.
+#pragma once
+
+#include <attention/head_address.cuh>
+#include <ptx/special_register.cuh>
+#include <ptx/warpgroup.cuh>
+
+namespace jfa::sm90 {
+
+constexpr int kNoTile = -1;  // there are no more
+
+// Who writes and who reads a slot is ordered by the ring that the place belongs to.
+struct TilePlaces {
+  static constexpr int kSlotBytes = static_cast<int>(sizeof(int4));
+  int4* slots;
+
+  __device__ __forceinline__ explicit TilePlaces(unsigned char* shared_memory)
+      : slots(reinterpret_cast<int4*>(shared_memory)) {}
+
+  __device__ __forceinline__ void put(int slot, const attention::TilePlace& place) const {
+    slots[slot] = make_int4(place.tile, place.head, place.batch, 0);
+  }
+  __device__ __forceinline__ attention::TilePlace get(int slot) const {
+    const int4 place = slots[slot];
+    return {ptx::uniform(place.x), ptx::uniform(place.y), ptx::uniform(place.z)};
+  }
+};
+
+// The place that an order has come to, or kNoTile behind its end.
+template <class Order>
+__device__ __forceinline__ attention::TilePlace next_place(const Order& order) {
+  return order.valid() ? order.place() : attention::TilePlace{kNoTile, 0, 0};
+}
+
+}  // namespace jfa::sm90
