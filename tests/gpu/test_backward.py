@@ -9,7 +9,7 @@ import pytest
 
 import jax_flash_attn
 from jax_flash_attn import testing
-from tests.support import calls, cases, inputs, kernel_cases, oracle
+from tests.support import calls, cases, devices, inputs, kernel_cases, oracle
 
 pytestmark = pytest.mark.gpu
 
@@ -32,10 +32,19 @@ def test_gradients(case, kernel_results, expected):
     oracle.check(kernel_results(case), expected[case], GRADIENTS)
 
 
-@pytest.mark.parametrize("case", kernel_cases.PARAMS)
-def test_portable_family(case, expected):
-    """What runs where there is no family for the device alone."""
-    with testing.override_tiles("backward", "sm80"):
+def _family_params():
+    for family in filter(devices.has_family, ("sm80", "sm90", "sm90split")):
+        for param in kernel_cases.PARAMS:
+            (case,) = param.values
+            if kernel_cases.serves_backward(family, case):
+                name = f"{family}-{param.id}"
+                yield pytest.param(family, case, id=name, marks=param.marks)
+
+
+@pytest.mark.parametrize(("family", "case"), _family_params())
+def test_family(family, case, expected):
+    """Whichever the tables choose at the length of these cases."""
+    with testing.override_tiles("backward", family):
         results = calls.run(case, implementation="cuda")
         jax.block_until_ready(results)
     oracle.check(results, expected[case], GRADIENTS)
@@ -82,6 +91,18 @@ def test_packed(name, packing):
         case = dataclasses.replace(case, seqlen_q=case.seqlen_k, heads_k=case.heads)
     results = calls.run(case, packing=packing, implementation="cuda")
     oracle.check(results, oracle.expected(case))
+
+
+def test_more_heads_than_a_product_of_head_counts_holds():
+    """46,341 heads squared pass 32 bits."""
+    case = dataclasses.replace(
+        cases.BY_NAME["plain"],
+        **{"batch": 1, "seqlen_q": 16, "seqlen_k": 16, "head_dim": 8},
+        **{"heads": 50_000, "heads_k": 50_000},
+    )
+    arrays = inputs.make(case)
+    results = calls.run(case, implementation="cuda")
+    oracle.check(results, oracle.of(case, arrays))
 
 
 def test_masked_rows_get_and_give_nothing():

@@ -2,11 +2,13 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support import containment, inputs, oracle
+from jax_flash_attn import testing
+from tests.support import containment, devices, inputs, oracle
 
 pytestmark = pytest.mark.gpu
 
@@ -16,11 +18,25 @@ CASE = containment.CASES[0]
 OPERANDS = ("q", "k", "v", "dout", "dlse")
 
 
-@pytest.fixture(scope="module")
-def run_case():
+@pytest.fixture(
+    scope="module", params=filter(devices.has_family, ("sm80", "sm90", "sm90split"))
+)
+def run_case(request):
+    """Of a case, its run with a family's backward."""
+    family = request.param
+    deterministic = family != "sm90"  # two key tiles add to equal sums in any order
+
     @functools.cache
     def of_case(case):
-        return containment.runner(case, implementation="cuda", deterministic=True)
+        run = containment.runner(
+            case, implementation="cuda", deterministic=deterministic
+        )
+
+        def run_with_family(arrays):
+            with testing.override_tiles("backward", family):
+                return jax.block_until_ready(run(arrays))
+
+        return run_with_family
 
     return of_case
 

@@ -66,3 +66,11 @@ def _base(case):
 
 
 PARAMS = tuple(_params())
+
+
+def serves_backward(family, case):
+    """Returns whether a kernel family has a backward for a case."""
+    fits_fused = case.head_dim <= 96 or (
+        case.head_dim <= 128 and not (case.dropout_p > 0 and case.softcap > 0)
+    )
+    return family != "sm90" or fits_fused
