@@ -41,7 +41,7 @@ def _family_params():
                 yield pytest.param(family, case, id=name, marks=param.marks)
 
 
-@pytest.mark.parametrize(("family", "case"), _family_params())
+@pytest.mark.parametrize(("family", "case"), tuple(_family_params()))
 def test_family(family, case, expected):
     """Whichever the tables choose at the length of these cases."""
     with testing.override_tiles("backward", family):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support import ahead, jax_child
+from tests.support import ahead, calls, cases, jax_child
 
 pytestmark = pytest.mark.gpu
 
@@ -21,6 +21,12 @@ def run(directory):
 
 
 @pytest.fixture(scope="module")
+def kernels():
+    """How many kernels the program runs."""
+    return calls.compile_kernels(cases.BY_NAME["causal_gqa"])
+
+
+@pytest.fixture(scope="module")
 def filled(tmp_path_factory):
     """A cache directory that one process has filled."""
     folder = tmp_path_factory.mktemp("filled") / "cache"
@@ -32,10 +38,10 @@ def entries(folder):
     return sorted(folder.rglob("*.cubin"))
 
 
-def test_filled_once(filled):
+def test_filled_once(filled, kernels):
     before = [(path, path.stat().st_mtime_ns) for path in entries(filled)]
-    assert len(before) == 4  # forward, and the backward's three
-    assert run(filled)["entries"] == 4
+    assert len(before) == kernels > 2  # the forward's, and the backward's two or three
+    assert run(filled)["entries"] == kernels
     assert before == [(path, path.stat().st_mtime_ns) for path in entries(filled)]
 
 
@@ -49,13 +55,13 @@ def test_damaged_entries_are_replaced(filled):
     assert [path.read_bytes() for path in entries(filled)] == contents
 
 
-def test_processes_share_a_cold_cache(tmp_path):
+def test_processes_share_a_cold_cache(tmp_path, kernels):
     """Each gives the right results, whoever writes an entry first."""
     folder = tmp_path / "cache"
     answers = ahead.Ahead(lambda _: run(folder), range(3))
     assert {answers[n]["enabled"] for n in range(3)} == {True}
     answers.close()
-    assert len(entries(folder)) == 4
+    assert len(entries(folder)) == kernels
 
 
 THREADS_PROGRAM = """
@@ -84,11 +90,11 @@ answer["cache"] = _ffi.native.cache()
 """
 
 
-def test_threads_run_new_kernels_at_once(tmp_path):
+def test_threads_run_new_kernels_at_once(tmp_path, kernels):
     """Four programs of their own need the same kernels, compiled at the first run."""
     folder = tmp_path / "cache"
     found = jax_child.run(THREADS_PROGRAM, JAX_FLASH_ATTN_CACHE_DIR=folder)
-    assert found["cache"]["entries"] == 4
+    assert found["cache"]["entries"] == kernels
 
 
 def off(_):

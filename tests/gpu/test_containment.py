@@ -19,7 +19,8 @@ OPERANDS = ("q", "k", "v", "dout", "dlse")
 
 
 @pytest.fixture(
-    scope="module", params=filter(devices.has_family, ("sm80", "sm90", "sm90split"))
+    scope="module",
+    params=tuple(filter(devices.has_family, ("sm80", "sm90", "sm90split"))),
 )
 def run_case(request):
     """Of a case, its run with a family's backward."""

@@ -12,7 +12,9 @@ class Ahead:
     """
 
     def __init__(self, function, arguments):
-        self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        # More threads than cores would finish everything at the end, and nothing early.
+        cores = len(os.sched_getaffinity(0))
+        self._pool = concurrent.futures.ThreadPoolExecutor(cores)
         self._results = {
             argument: self._pool.submit(function, argument)
             for argument in dict.fromkeys(arguments)
