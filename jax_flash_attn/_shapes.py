@@ -13,6 +13,7 @@ from jax_flash_attn import _spec
 WORKSPACE_ROW_MULTIPLE = 128
 WORKSPACE_COLUMN_MULTIPLE = 64
 SMALLEST_QUERY_TILE = 16
+HEAD_STATES = 4
 
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -145,14 +146,14 @@ def pack(
 def workspace(
     dims: Dimensions, deterministic: bool
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The extra results of the backward call: dq sums, row statistics, marks, turns."""
+    """The extra results of the backward call: dq sums, row statistics, head states, turns."""
     rows = _round_up(dims.seqlen_q, WORKSPACE_ROW_MULTIPLE)
     columns = _round_up(dims.head_dim, WORKSPACE_COLUMN_MULTIPLE)
     heads = (dims.batch, dims.heads)
     arrays = [
         jax.ShapeDtypeStruct((*heads, rows, columns), jnp.float32),
         jax.ShapeDtypeStruct((2, *heads, rows), jnp.float32),
-        jax.ShapeDtypeStruct(heads, jnp.int32),
+        jax.ShapeDtypeStruct((HEAD_STATES, *heads), jnp.int32),
     ]
     if deterministic:
         turns = (*heads, rows // SMALLEST_QUERY_TILE)

@@ -1,6 +1,6 @@
 // Custom call flash_attention_backward:
 //   (q, k, v | q, kv | qkv), [slopes], [dropout_keys], out, lse, dout, [dlse]
-//     -> (dq, dk, dv | dq, dkv | dqkv), dq_accum, statistics, spoilt, [turns]
+//     -> (dq, dk, dv | dq, dkv | dqkv), dq_accum, statistics, head_states, [turns]
 // dlse is there when the attribute has_dlse says so, turns when the call is deterministic.
 #include "ffi/attributes.h"
 #include "ffi/buffers.h"
@@ -42,7 +42,7 @@ StatusOr<BackwardCall> decode(const xla::ffi::Dictionary& attributes, BufferRead
   });
   call.dq_accum = static_cast<float*>(buffers.next_result().untyped_data());
   call.statistics = static_cast<float*>(buffers.next_result().untyped_data());
-  call.spoilt = static_cast<int*>(buffers.next_result().untyped_data());
+  call.head_states = static_cast<int*>(buffers.next_result().untyped_data());
   if (call.spec.deterministic) call.turns = static_cast<int*>(buffers.next_result().untyped_data());
   JFA_RETURN_IF_ERROR(buffers.finish());
   JFA_ASSIGN_OR_RETURN(const launchers::Element element, element_of(inputs.dtype));

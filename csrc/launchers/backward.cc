@@ -76,7 +76,11 @@ jfa::BackwardParams backward_params(const BackwardCall& call) {
   params.dq_accum = call.dq_accum;
   params.lse_log2 = call.statistics;
   params.delta = call.statistics + call.shape.batch * call.shape.heads * params.padded_rows;
-  params.spoilt = call.spoilt;
+  const std::int64_t heads = call.shape.batch * call.shape.heads;
+  params.spoilt = call.head_states;
+  params.dq_spoilt = params.spoilt + heads;
+  params.prepared = params.dq_spoilt + heads;
+  params.added = params.prepared + heads;
   params.turns = call.turns;
   return params;
 }
@@ -93,6 +97,62 @@ Status fill_sm90_params(jfa::Sm90BackwardParams& params, const BackwardCall& cal
   JFA_RETURN_IF_ERROR(fill(params.dout, call.dout, shape.seqlen_q, shape.heads, tile_q));
   JFA_RETURN_IF_ERROR(fill(params.k, call.k, shape.seqlen_k, shape.heads_k, tile_k));
   return fill(params.v, call.v, shape.seqlen_k, shape.heads_k, tile_k);
+}
+
+// How many keys a query sees, over queries spread evenly.
+std::int64_t mean_visible_keys(const jfa::AttentionParams& params) {
+  constexpr std::int64_t kSamples = 16;
+  std::int64_t sum = 0;
+  for (std::int64_t i = 0; i < kSamples; ++i) {
+    const std::int64_t key = (2 * i + 1) * params.seqlen_q / (2 * kSamples) + params.diagonal;
+    const std::int64_t first = std::max<std::int64_t>(0, key - params.window_left);
+    const std::int64_t last =
+        std::min<std::int64_t>(params.seqlen_k - 1, key + params.window_right);
+    sum += std::max<std::int64_t>(0, last - first + 1);
+  }
+  return sum / kSamples;
+}
+
+// Where queries see fewer keys than this, a CTA's products are done before its idle warps are.
+constexpr std::int64_t kServedKeys = 384;
+
+// The main kernel, whose idle warps prepare and round the rows of most groups of heads, between
+// two kernels for the rows of the others.
+Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
+                 const jfa::BackwardParams& backward, runtime::CUstream stream) {
+  const AttentionShape& shape = call.shape;
+  const BackwardSpecialization& specialization = plan.specialization;
+  if (shape.batch == 0) return Status();  // there is nothing that a tensor map could describe
+  const std::int64_t groups = shape.batch * shape.heads_k;
+  const std::int64_t group_heads = shape.heads / shape.heads_k;
+  const std::int64_t group_tiles = ceil_div(shape.seqlen_k, specialization.tile_k);
+  // In groups of so many CTAs: one that starts finds its rows prepared by CTAs that started, and a
+  // group finished by CTAs that ended, while each multiprocessor ran one or two more.
+  const bool serves =
+      specialization.serves_rows && mean_visible_keys(backward.attention) >= kServedKeys;
+  const auto lead = [&](double rounds) {
+    if (!serves) return groups;
+    const auto ctas = static_cast<std::int64_t>(rounds * plan.multiprocessors);
+    return std::min(groups, 1 + ceil_div(ctas, group_tiles));
+  };
+  jfa::Sm90FusedBackwardParams params{};
+  params.backward = backward;
+  const std::int64_t prepares_ahead = lead(1.5);
+  const std::int64_t rounds_behind = lead(2.0);
+  params.prepares_ahead = static_cast<int>(prepares_ahead);
+  params.rounds_behind = static_cast<int>(rounds_behind);
+  if (group_tiles > 0)
+    JFA_RETURN_IF_ERROR(
+        fill_sm90_params(params, call, specialization.tile_q, specialization.tile_k));
+
+  const std::int64_t row_blocks = backward.padded_rows / jfa::kWorkspaceRowMultiple;
+  JFA_RETURN_IF_ERROR(launch(*plan.first, specialization.first,
+                             row_blocks * prepares_ahead * group_heads, stream, &backward));
+  JFA_RETURN_IF_ERROR(
+      launch(*plan.main, specialization.main, group_tiles * groups, stream, &params));
+  const std::int64_t query_tiles = ceil_div(shape.seqlen_q, specialization.tile_q);
+  return launch(*plan.postprocess, *specialization.postprocess,
+                query_tiles * rounds_behind * group_heads, stream, &params);
 }
 
 // dq by itself, which also leaves the statistics for dk and dv; then these.
@@ -143,20 +203,13 @@ Status run_backward(const BackwardCall& call, runtime::CUstream stream) {
   const jfa::BackwardParams params = backward_params(call);
   const std::int64_t query_heads = call.shape.batch * call.shape.heads;
   if (specialization.family == Family::kSm90Split) return run_split(call, *plan, params, stream);
+  if (specialization.family == Family::kSm90) return run_fused(call, *plan, params, stream);
   JFA_RETURN_IF_ERROR(launch(*plan->first, specialization.first,
                              params.padded_rows / jfa::kWorkspaceRowMultiple * query_heads, stream,
                              &params));
   const std::int64_t key_tiles =
       ceil_div(call.shape.seqlen_k, specialization.tile_k) * call.shape.batch * call.shape.heads_k;
-  if (specialization.family == Family::kSm90 && key_tiles > 0) {
-    jfa::Sm90BackwardParams sm90{};
-    sm90.backward = params;
-    JFA_RETURN_IF_ERROR(fill_sm90_params(sm90, call, specialization.tile_q, specialization.tile_k));
-    JFA_RETURN_IF_ERROR(launch(*plan->main, specialization.main, key_tiles, stream, &sm90));
-  } else {
-    JFA_RETURN_IF_ERROR(launch(*plan->main, specialization.main, key_tiles, stream, &params));
-  }
-  if (plan->postprocess == nullptr) return Status();
+  JFA_RETURN_IF_ERROR(launch(*plan->main, specialization.main, key_tiles, stream, &params));
   return launch(*plan->postprocess, *specialization.postprocess,
                 ceil_div(call.shape.seqlen_q, specialization.tile_q) * query_heads, stream,
                 &params);

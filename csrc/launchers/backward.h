@@ -21,7 +21,7 @@ struct BackwardCall {
   // Workspace, see jax_flash_attn/_shapes.py.
   float* dq_accum;
   float* statistics;
-  int* spoilt;
+  int* head_states;
   int* turns;  // null unless deterministic
 };
 

@@ -190,9 +190,10 @@ int backward_shared_bytes(const BackwardTiles& tiles, int head_dim) {
   const int statistics = stages * tiles.tile_q * 4;
   const int barriers = 2 * 8 * (stages + 1);
   const int fp32_columns = (head_dim + 15) / 16 * 16;  // parts of dq, on the way to their sums
+  const int service = 32 * 1024 + 4 * (head_dim > 64 ? 64 : 128);  // sm90/row_service.cuh
   return 2 * tile_bytes(tiles.tile_k, head_dim) + stages * tile_bytes(tiles.tile_q, head_dim) +
          2 * tile_bytes(tiles.tile_q, tiles.tile_k) + tiles.tile_q * fp32_columns * 4 + statistics +
-         barriers;
+         barriers + service;
 }
 
 int backward_postprocess_shared_bytes(const BackwardTiles& tiles, int head_dim) {

@@ -236,7 +236,8 @@ StatusOr<BackwardSpecialization> sm90_split_backward(const AttentionSpec& spec,
                                 {{source, kHopper},
                                  entry,
                                  sm90::kBackwardThreads,
-                                 sm90::key_gradient_shared_bytes(tiles, head_dim)},
+                                 sm90::key_gradient_shared_bytes(tiles, head_dim),
+                                 /*starts_early=*/true},
                                 std::nullopt,
                                 tiles.dq_tile_q,
                                 tiles.dq_tile_k};
@@ -257,14 +258,17 @@ StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
   std::string config = config_of(spec, shape, tiles.tile_q, tiles.tile_k);
   constant(config, "kQueryStages", tiles.query_stages);
   constant(config, "kDoutStages", tiles.dout_stages);
+  // Consumers with softcap and a wide head leave no registers for it.
+  const bool serves_rows = spec.softcap == 0.0 || head_dim <= 96;
+  constant(config, "kServesRows", serves_rows);
   const std::string file = "sm90/backward.cuh";
   const std::string postprocess_entry = "flash_backward_postprocess_sm90";
   const std::string postprocess =
       program(file, config, sm90::kBackwardPostprocessThreads, 1, postprocess_entry,
-              "BackwardParams", "jfa::sm90::backward_postprocess<Config>(params, shared)");
+              "Sm90FusedBackwardParams", "jfa::sm90::backward_postprocess<Config>(params, shared)");
   const std::string entry = "flash_backward_sm90";
   const std::string source =
-      program(file, config, sm90::kBackwardThreads, 1, entry, "Sm90BackwardParams",
+      program(file, config, sm90::kBackwardThreads, 1, entry, "Sm90FusedBackwardParams",
               "jfa::sm90::backward<Config>(params, shared)");
   return BackwardSpecialization{
       Family::kSm90,
@@ -272,11 +276,15 @@ StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
       tiles.tile_q,
       tiles.tile_k,
       backward_preprocess(shape, target),
-      {{source, kHopper}, entry, sm90::kBackwardThreads, shared_bytes},
+      {{source, kHopper}, entry, sm90::kBackwardThreads, shared_bytes, /*starts_early=*/true},
       KernelSpecialization{{postprocess, kHopper},
                            postprocess_entry,
                            sm90::kBackwardPostprocessThreads,
-                           sm90::backward_postprocess_shared_bytes(tiles, head_dim)}};
+                           sm90::backward_postprocess_shared_bytes(tiles, head_dim),
+                           /*starts_early=*/true},
+      /*dq_tile_q=*/0,
+      /*dq_tile_k=*/0,
+      serves_rows};
 }
 
 }  // namespace

@@ -20,6 +20,8 @@ struct KernelSpecialization {
   std::string entry;
   int threads;
   int shared_bytes;
+  // It may start before the kernel ahead of it has ended, for which it waits by itself.
+  bool starts_early = false;
 };
 
 // kSm90Split: a backward whose dq has a kernel of its own.
@@ -43,6 +45,8 @@ struct BackwardSpecialization {
   std::optional<KernelSpecialization> postprocess;
   int dq_tile_q = 0;  // of kSm90Split's dq
   int dq_tile_k = 0;
+  // Of kSm90: whether the main kernel prepares and rounds rows of other heads.
+  bool serves_rows = false;
 
   std::vector<KernelSpecialization> kernels() const;
 };

@@ -59,6 +59,29 @@ CASES = (
     dataclasses.replace(PLAIN, name="one_key", seqlen_k=1),
 )
 
+MANY_CTAS = (
+    dataclasses.replace(
+        PLAIN,
+        name="many_ctas",
+        batch=10,
+        seqlen_q=400,
+        seqlen_k=400,
+        heads=8,
+        heads_k=8,
+    ),
+    dataclasses.replace(
+        PLAIN,
+        name="many_ctas_causal",
+        batch=6,
+        seqlen_q=780,
+        seqlen_k=800,
+        heads=8,
+        heads_k=8,
+        causal=True,
+    ),
+)
+"""Enough for warps that serve the rows of other heads, see tests/gpu."""
+
 
 def check(name: str, case: Case, **options) -> bool:
     """Runs one call forward and backward and prints whether it is right."""
@@ -92,6 +115,9 @@ def main() -> int:
         with testing.override_tiles("backward", "sm80"):
             for case in CASES:
                 right.append(check(f"{case.name}_sm80_backward", case))
+        with testing.override_tiles("backward", "sm90"):
+            for case in MANY_CTAS:
+                right.append(check(case.name, case))
     for row in tile_table.rows():
         if not devices.has_family(row.family):
             continue

@@ -57,3 +57,9 @@ def has_family(family: str) -> bool:
     """Returns whether a kernel family runs here, or there is no GPU at all."""
     capabilities = {compute_capability(device) for device in cuda_devices()}
     return not family.startswith("sm90") or not capabilities or (9, 0) in capabilities
+
+
+def require_family(family: str) -> None:
+    """Skips the calling test unless a kernel family runs here."""
+    if not has_family(family):
+        pytest.skip(f"needs a GPU that runs the {family} kernels")

@@ -330,7 +330,7 @@ __device__ __forceinline__ void contain_dk_dv(const BackwardParams& params, int 
 // the CTA, which has `warps` warps.
 template <class Config>
 __device__ __forceinline__ void contain_gradients(const BackwardParams& params,
-                                                  const GridPlace& place, bool spoilt, int warps) {
+                                                  const TilePlace& place, bool spoilt, int warps) {
   if constexpr (Config::kWindowed) {
     const AttentionParams& attention = params.attention;
     const int warp = static_cast<int>(threadIdx.x) / 32;

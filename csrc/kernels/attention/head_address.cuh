@@ -34,17 +34,21 @@ struct TilePlace {
   int batch;
 };
 
+// Of (tile, head, batch), the tile fastest.
+__device__ __forceinline__ TilePlace place_of(unsigned index, int tiles, int heads) {
+  const unsigned head = index / tiles;
+  return {static_cast<int>(index % tiles), static_cast<int>(head % heads),
+          static_cast<int>(head / heads)};
+}
+
 // A CTA's place in a grid of (tile, head, batch) with the tile fastest, as one dimension: the
-// batch that vmap folds together may pass the 65,535 limit of the other grid dimensions.
+// batch that vmap folds together may pass the 65,535 limit of the other grid dimensions. The grid
+// starts at place number `first`.
 // It is cheap to compute and costs registers to keep: kernels make one before their main loop and
 // another behind it.
 struct GridPlace : TilePlace {
-  __device__ __forceinline__ GridPlace(int tiles, int heads) {
-    const unsigned index = ptx::reread_cta();
-    tile = index % tiles;
-    head = index / tiles % heads;
-    batch = index / tiles / heads;
-  }
+  __device__ __forceinline__ GridPlace(int tiles, int heads, unsigned first = 0)
+      : TilePlace(place_of(first + ptx::reread_cta(), tiles, heads)) {}
 };
 
 }  // namespace jfa::attention

@@ -13,6 +13,9 @@ constexpr int kWorkspaceRowMultiple = 128;
 constexpr int kWorkspaceColumnMultiple = 64;
 // The smallest query tile of any backward kernel: the turn counters are spaced for it.
 constexpr int kSmallestQueryTile = 16;
+// Numbers that the CTAs of a backward keep of each head: BackwardParams' spoilt and what follows
+// it.
+constexpr int kHeadStates = 4;
 
 struct BackwardParams {
   AttentionParams attention;
@@ -27,8 +30,12 @@ struct BackwardParams {
   float* dq_accum;  // (batch, heads, padded_rows * padded_columns), layout private to the kernels
   float* lse_log2;  // (batch, heads, padded_rows): lse * log2(e); +inf where a row sees no key
   float* delta;     // (batch, heads, padded_rows): rowsum(dout * out) - dlse
-  int* spoilt;      // (batch, heads): whether a key head's dk and dv need containing; at the first
-                    // query head of its group
+  // (kHeadStates, batch, heads), where those of a key head are at the first query head of its
+  // group:
+  int* spoilt;      // whether the key head's dk and dv need containing
+  int* dq_spoilt;   // whether dq of the query head does, where the main kernel has rounded it
+  int* prepared;    // CTAs of the main kernel that have prepared their share of the group's rows
+  int* added;       // warps of it that have added all they have to dq of the group
   int* turns;       // (batch, heads, padded_rows / kSmallestQueryTile); null unless deterministic
   int lse_batches;  // lse and dlse of batch b are those of b % lse_batches
   int dlse_batches;
@@ -43,6 +50,15 @@ struct Sm90BackwardParams {
   TensorMap k;  // 64 columns x kTileK rows
   TensorMap v;
   BackwardParams backward;
+};
+
+// The same for the fused kernel, whose idle warps serve the rows of other groups of heads
+// (sm90/row_service.cuh): of the group `prepares_ahead` groups on, and of the one `rounds_behind`
+// groups back. What they leave, the first and the last groups, is for the kernels before and
+// behind.
+struct Sm90FusedBackwardParams : Sm90BackwardParams {
+  int prepares_ahead;
+  int rounds_behind;
 };
 
 // The same for kernels whose CTAs deal tiles out among themselves.

@@ -23,4 +23,15 @@ __device__ __forceinline__ void store_release(int* flag, int value) {
   asm volatile("st.global.release.gpu.b32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 
+// *flag += value, behind all that this thread has written or knows to be written.
+__device__ __forceinline__ void add_release(int* flag, int value) {
+  asm volatile("red.global.release.gpu.add.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+// Waits until *flag, which only grows, is `value`. What was written before its release can then be
+// read by this thread.
+__device__ __forceinline__ void await_flag(const int* flag, int value) {
+  while (load_acquire(flag) < value) __nanosleep(100);
+}
+
 }  // namespace jfa::ptx

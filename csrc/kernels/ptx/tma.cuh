@@ -57,6 +57,16 @@ __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
+// Waits until this thread's bulk groups have ended and what they wrote can be read.
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// Orders reads and writes of global memory by threads and by the copy engine, either way.
+__device__ __forceinline__ void fence_async_proxy_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // Orders this thread's stores to shared memory before later reads of it by the copy engine and by
 // wgmma.
 __device__ __forceinline__ void fence_async_proxy() {

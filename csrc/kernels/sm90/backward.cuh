@@ -9,7 +9,8 @@
 // each. They compute scores^T and dprobs^T, rows being keys, so that probs^T and dscores^T feed dv
 // and dk from registers; only dscores goes to shared memory, for dq, of which each consumer has a
 // part of the columns, or with tiles of 128 queries half of the rows. dq gathers in fp32 in global
-// memory (tile/bulk_accumulator.cuh).
+// memory (tile/bulk_accumulator.cuh). The three warps beside the producer prepare the rows of heads
+// to come and round dq of heads that are done (sm90/row_service.cuh).
 //
 //   ring    stages        filled with                released
 //   keys    1             k and v of the key tile    never
@@ -18,6 +19,7 @@
 //
 //   barrier  threads               what it orders
 //   1, 2     both consumers (256)  the turns of consumer 0 and of consumer 1
+//   3        service warps (96)    their writes before one of them tells other CTAs
 //
 // In its turn a consumer starts dv, dk and dq of a step, then scores and dprobs of the next, and
 // passes the turn on; its exponentials run while the other has its turn. A turn that comes says
@@ -27,6 +29,7 @@
 #pragma once
 
 #include <sm90/backward_steps.cuh>
+#include <sm90/row_service.cuh>
 
 namespace jfa::sm90 {
 
@@ -38,6 +41,9 @@ struct BackwardShapes {
   // Of dq, a consumer computes half of the columns of 64 queries, or all columns of half of 128.
   static_assert(Config::kTileQ == 64 || Config::kTileQ == 128, "dq is a product of 64 rows");
   static constexpr bool kSplitsRows = Config::kTileQ == 128;
+  static constexpr int kConsumerWarps = kBackwardConsumers * 4;
+  static constexpr int kConsumerRegisters = Config::kServesRows ? 232 : 240;
+  static constexpr int kProducerRegisters = Config::kServesRows ? 40 : 24;
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
   static constexpr int kQuerySteps = Config::kTileQ / 16;
   static constexpr int kKeySteps = Config::kTileK / 16;
@@ -52,6 +58,13 @@ struct BackwardShapes {
   // Where a consumer's part of dq starts, in floats.
   static __device__ constexpr int query_gradient_offset(int consumer) {
     return consumer * 64 * 16 * (kSplitsRows ? kHeadDimSteps : kSplitSteps);
+  }
+  // Where the sums of 16 rows by 16 columns of a tile's dq start, in floats.
+  static __device__ __forceinline__ int query_gradient_place(int row_block, int step) {
+    const int consumer = kSplitsRows ? row_block / 4 : step >= kSplitSteps;
+    const int steps = consumer == 0 ? query_gradient_steps(0) : query_gradient_steps(1);
+    const int part_step = kSplitsRows ? step : step - consumer * kSplitSteps;
+    return query_gradient_offset(consumer) + (row_block % 4 * steps + part_step) * 256;
   }
   static constexpr int kSplitBytes =
       Config::kHeadDim > 64 ? Config::kTileK * tile::kPanelRowBytes : 64;
@@ -80,19 +93,48 @@ struct BackwardShapes {
   static constexpr int kDoutOffset = kQueryOffset + Config::kQueryStages * QueryTile::kBytes;
   static constexpr int kDscoresOffset = kDoutOffset + Config::kDoutStages * QueryTile::kBytes;
   static constexpr int kQueryGradientOffset = kDscoresOffset + 2 * DscoresTile::kBytes;
-  static constexpr int kLseOffset =
-      kQueryGradientOffset + Config::kTileQ * 16 * kHeadDimSteps * static_cast<int>(sizeof(float));
+  static constexpr int kQueryGradientBytes =
+      Config::kTileQ * 16 * kHeadDimSteps * static_cast<int>(sizeof(float));
+  static constexpr int kLseOffset = kQueryGradientOffset + kQueryGradientBytes;
   static constexpr int kDeltaOffset = kLseOffset + Config::kQueryStages * kStatisticsBytes;
   static constexpr int kQueryRingOffset = kDeltaOffset + Config::kDoutStages * kStatisticsBytes;
   static constexpr int kDoutRingOffset = kQueryRingOffset + QueryRing::kBytes;
   static constexpr int kKeyRingOffset = kDoutRingOffset + DoutRing::kBytes;
-  static constexpr int kSharedBytes = kKeyRingOffset + KeyRing::kBytes;
+  static constexpr int kServiceOffset = kKeyRingOffset + KeyRing::kBytes;
+  static_assert(kServiceOffset % 16 == 0, "rows are staged by 16 bytes");
 };
+
+// Threads: one.
+template <class Config>
+__device__ __forceinline__ void produce_backward(
+    const Sm90FusedBackwardParams& params, const BackwardStages<BackwardShapes<Config>>& stages,
+    unsigned char* shared) {
+  using Shapes = BackwardShapes<Config>;
+  using KeyTile = typename Shapes::KeyTile;
+  const AttentionParams& attention = params.backward.attention;
+  const BackwardWalk<Config> walk(attention);
+  typename Shapes::QueryPosition query_at;
+  typename Shapes::DoutPosition dout_at;
+  load_queries<Config>(params.q, params.dout, params.backward, stages, walk, query_at, dout_at,
+                       [&] {
+                         const int batch = walk.place.batch;
+                         const unsigned barrier = stages.keys.full(0);
+                         ptx::mbarrier_arrive_expect(barrier, 2 * KeyTile::kBytes);
+                         load_tile<KeyTile>(stages.shared + Shapes::kKeyOffset, params.k, barrier,
+                                            ptx::kEvictLast, walk.first_key, walk.place.head,
+                                            attention::own_batch(batch, attention.k.batches));
+                         load_tile<KeyTile>(stages.shared + Shapes::kValueOffset, params.v, barrier,
+                                            ptx::kEvictLast, walk.first_key, walk.place.head,
+                                            attention::own_batch(batch, attention.v.batches));
+                         RowService<Config, Shapes>(params, shared).await_prepared();
+                       });
+  ptx::await_previous_grid();  // also without a walk, since who waits for this grid waits for both
+}
 
 // Threads: a whole warpgroup.
 template <class Config, int kConsumer>
 __device__ __forceinline__ void consume_backward(
-    const Sm90BackwardParams& params, const BackwardStages<BackwardShapes<Config>>& stages,
+    const Sm90FusedBackwardParams& params, const BackwardStages<BackwardShapes<Config>>& stages,
     unsigned char* shared) {
   using Shapes = BackwardShapes<Config>;
   using Element = typename Config::Element;
@@ -271,12 +313,15 @@ __device__ __forceinline__ void consume_backward(
   if constexpr (Config::kWindowed) {
     if (spoilt) backward.spoilt[batch * attention.heads + walk.place.head * walk.group] = 1;
   }
-  if (ptx::elect_lane()) ptx::bulk_wait_read();  // shared memory ends with the CTA
+  RowService<Config, Shapes>(params, shared).tell_added();
 }
 
 template <class Config>
-__device__ __forceinline__ void backward(const Sm90BackwardParams& params, unsigned char* shared) {
-  const BackwardStages<BackwardShapes<Config>> stages(tile::shared_address(shared));
+__device__ __forceinline__ void backward(const Sm90FusedBackwardParams& params,
+                                         unsigned char* shared) {
+  using Shapes = BackwardShapes<Config>;
+  ptx::start_next_grid();
+  const BackwardStages<Shapes> stages(tile::shared_address(shared));
   if (threadIdx.x == 0) {
     stages.query.init(kBackwardConsumers * 128);
     stages.dout.init(kBackwardConsumers * 128);
@@ -286,11 +331,17 @@ __device__ __forceinline__ void backward(const Sm90BackwardParams& params, unsig
   __syncthreads();  // the rings are there
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128);
   if (warpgroup == 0) {
-    ptx::release_registers<kBackwardProducerRegisters>();
-    if (ptx::uniform(static_cast<int>(threadIdx.x) / 32) == 0 && ptx::elect_lane())
-      produce_backward<Config>(params, stages);
+    ptx::release_registers<Shapes::kProducerRegisters>();
+    const int warp = ptx::uniform(static_cast<int>(threadIdx.x) / 32);
+    if (warp == 0) {
+      if (ptx::elect_lane()) produce_backward<Config>(params, stages, shared);
+    } else if constexpr (Config::kServesRows) {
+      // One each: what the first has worked out would stay in registers.
+      RowService<Config, Shapes>(params, shared).prepare();
+      RowService<Config, Shapes>(params, shared).round();
+    }
   } else {
-    ptx::claim_registers<kBackwardConsumerRegisters>();
+    ptx::claim_registers<Shapes::kConsumerRegisters>();
     if (warpgroup == 1) {
       consume_backward<Config, 0>(params, stages, shared);
     } else {
@@ -299,13 +350,21 @@ __device__ __forceinline__ void backward(const Sm90BackwardParams& params, unsig
   }
 }
 
-// dq = scale * its fp32 sums, rounded. One CTA serves one query tile of one head; its two halves
-// read what the two consumers added.
+// dq = scale * its fp32 sums, rounded, of the groups of heads that the main kernel leaves. One CTA
+// serves one query tile of one head; its two halves read what the two consumers added.
 template <class Config>
-__device__ __forceinline__ void backward_postprocess(const BackwardParams& params,
+__device__ __forceinline__ void backward_postprocess(const Sm90FusedBackwardParams& params,
                                                      unsigned char* shared) {
   using Shapes = BackwardShapes<Config>;
-  const QueryGradientTile<Config, typename Shapes::QueryTile> tile(params);
+  ptx::await_previous_grid();
+  const BackwardParams& backward = params.backward;
+  const AttentionParams& attention = backward.attention;
+  const int query_tiles = (attention.seqlen_q + Config::kTileQ - 1) / Config::kTileQ;
+  const int rounded_heads =
+      attention.batch * attention.heads - static_cast<int>(gridDim.x) / query_tiles;
+  const int rounded_tiles = rounded_heads * query_tiles;
+  const QueryGradientTile<Config, typename Shapes::QueryTile> tile(
+      backward, attention::GridPlace(query_tiles, attention.heads, rounded_tiles));
   bool finite = true;
   if (threadIdx.x < 128) {
     finite = tile.stage(tile::Accumulator<1, Shapes::query_gradient_steps(0)>(), 0, 0, 0, shared);
@@ -315,6 +374,14 @@ __device__ __forceinline__ void backward_postprocess(const BackwardParams& param
                         Shapes::kSplitsRows ? 0 : Shapes::kSplitSteps, shared);
   }
   tile.store(finite, shared);
+  if constexpr (Config::kWindowed) {
+#pragma unroll 1
+    for (int i = blockIdx.x; i < rounded_tiles; i += gridDim.x) {
+      const attention::TilePlace place = attention::place_of(i, query_tiles, attention.heads);
+      const bool spoilt = backward.dq_spoilt[place.batch * attention.heads + place.head] != 0;
+      attention::contain_gradients<Config>(backward, place, spoilt, tile.kThreads / 32);
+    }
+  }
 }
 
 }  // namespace jfa::sm90

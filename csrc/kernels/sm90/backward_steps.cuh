@@ -9,6 +9,7 @@
 #include <attention/score_transform.cuh>
 #include <attention/visible_range.cuh>
 #include <params/backward_params.h>
+#include <ptx/grid_dependency.cuh>
 #include <ptx/tma.cuh>
 #include <ptx/warpgroup.cuh>
 #include <sm90/load_tile.cuh>
@@ -85,7 +86,7 @@ struct BackwardStages {
 };
 
 // Fetches the query tiles of a walk: q before dout, since consumers want the next step's q before
-// this step's dq. load_keys() follows the first q.
+// this step's dq. load_keys() follows the first q; it may wait for the statistics, too.
 // Threads: one.
 template <class Config, class Shapes, class Walk, class LoadKeys>
 __device__ __forceinline__ void load_queries(const TensorMap& q, const TensorMap& dout,
@@ -102,58 +103,36 @@ __device__ __forceinline__ void load_queries(const TensorMap& q, const TensorMap
   // A query tile of q or dout, and its lse or delta.
   const auto load = [&](const auto& ring, auto& at, int tile_offset, int statistics_offset,
                         const TensorMap& map, int map_batch, const float* statistics,
-                        const typename Walk::Step& step) {
+                        const typename Walk::Step& step, auto before_statistics) {
     const int first_query = step.query_tile * Config::kTileQ;
     const unsigned barrier = ring.full(at.stage());
     ring.begin_fill(at, QueryTile::kBytes + Shapes::kStatisticsBytes);
     load_tile<QueryTile>(stages.shared + tile_offset + at.stage() * QueryTile::kBytes, map, barrier,
                          ptx::kEvictLast, first_query, step.head, map_batch);
+    before_statistics();
     ptx::bulk_load(stages.shared + statistics_offset + at.stage() * Shapes::kStatisticsBytes,
                    statistics + attention::workspace_row(backward, batch, step.head, first_query),
                    Shapes::kStatisticsBytes, barrier);
     at.advance();
   };
-  const auto load_query = [&](const auto& step) {
+  const auto load_query = [&](const auto& step, auto before_statistics) {
     load(stages.query, query_at, Shapes::kQueryOffset, Shapes::kLseOffset, q, q_batch,
-         backward.lse_log2, step);
+         backward.lse_log2, step, before_statistics);
   };
+  const auto nothing = [] {};
 
   int remaining = walk.steps();
   if (remaining == 0) return;
   typename Walk::Step step = walk.first();
-  load_query(step);
-  load_keys();
+  load_query(step, load_keys);
 #pragma unroll 1
   while (true) {
     load(stages.dout, dout_at, Shapes::kDoutOffset, Shapes::kDeltaOffset, dout, dout_batch,
-         backward.delta, step);
+         backward.delta, step, nothing);
     if (--remaining == 0) break;
     walk.advance(step);
-    load_query(step);
+    load_query(step, nothing);
   }
-}
-
-// Threads: one.
-template <class Config, class Shapes>
-__device__ __forceinline__ void produce_backward(const Sm90BackwardParams& params,
-                                                 const BackwardStages<Shapes>& stages) {
-  using KeyTile = typename Shapes::KeyTile;
-  const AttentionParams& attention = params.backward.attention;
-  const BackwardWalk<Config> walk(attention);
-  typename Shapes::QueryPosition query_at;
-  typename Shapes::DoutPosition dout_at;
-  load_queries<Config>(params.q, params.dout, params.backward, stages, walk, query_at, dout_at,
-                       [&] {
-                         const int batch = walk.place.batch;
-                         const unsigned barrier = stages.keys.full(0);
-                         ptx::mbarrier_arrive_expect(barrier, 2 * KeyTile::kBytes);
-                         load_tile<KeyTile>(stages.shared + Shapes::kKeyOffset, params.k, barrier,
-                                            ptx::kEvictLast, walk.first_key, walk.place.head,
-                                            attention::own_batch(batch, attention.k.batches));
-                         load_tile<KeyTile>(stages.shared + Shapes::kValueOffset, params.v, barrier,
-                                            ptx::kEvictLast, walk.first_key, walk.place.head,
-                                            attention::own_batch(batch, attention.v.batches));
-                       });
 }
 
 // Which elements of a thread's share of scores^T dropout keeps.
@@ -279,14 +258,12 @@ template <class Config, class QueryTile>
 struct QueryGradientTile {
   static constexpr int kThreads = kBackwardConsumers * 128;
   const BackwardParams& params;
-  attention::GridPlace place;
+  attention::TilePlace place;
   int first_query;
 
-  __device__ __forceinline__ explicit QueryGradientTile(const BackwardParams& backward)
-      : params(backward),
-        place((backward.attention.seqlen_q + Config::kTileQ - 1) / Config::kTileQ,
-              backward.attention.heads),
-        first_query(place.tile * Config::kTileQ) {}
+  __device__ __forceinline__ QueryGradientTile(const BackwardParams& backward,
+                                               const attention::TilePlace& tile_place)
+      : params(backward), place(tile_place), first_query(place.tile * Config::kTileQ) {}
 
   // Scales and rounds the part that starts `offset` floats into the sums, and at row first_row and
   // 16-block first_column16 of the tile. Returns whether it is finite. Threads: a whole warpgroup.

@@ -111,6 +111,7 @@ __device__ __forceinline__ void produce_key_gradient(const Sm90DealtBackwardPara
 
   Place place = next_place(order);
   load_keys(place);
+  ptx::await_previous_grid();  // of the statistics
 #pragma unroll 1
   while (place.tile != kNoTile) {
     load_queries<Config>(params.q, params.dout, params.backward,

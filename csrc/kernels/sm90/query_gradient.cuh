@@ -28,6 +28,7 @@
 #include <attention/score_transform.cuh>
 #include <attention/visible_range.cuh>
 #include <params/backward_params.h>
+#include <ptx/grid_dependency.cuh>
 #include <ptx/warpgroup.cuh>
 #include <sm90/key_walk.cuh>
 #include <tile/descriptor.cuh>
@@ -349,6 +350,7 @@ __device__ __forceinline__ void query_gradient(const Sm90DealtBackwardParams& pa
   using QueryTile = typename Shapes::QueryTile;
   using Place = attention::TilePlace;
   const AttentionParams& attention = params.backward.attention;
+  ptx::start_next_grid();
   const QueryGradientStages<Config> stages(shared);
   const auto load_q_and_dout = [&](unsigned target, unsigned barrier, const Place& place) {
     const int row = place.tile * Config::kTileQ;

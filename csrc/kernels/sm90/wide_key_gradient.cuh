@@ -133,6 +133,7 @@ __device__ __forceinline__ void produce_wide_key_gradient(
     load(1, stages.values, params.v, Shapes::kValueOffset, attention.v.batches);
     keys_at.advance();
   };
+  ptx::await_previous_grid();  // of the statistics
 #pragma unroll 1
   for (; order.valid(); order.advance()) {
     const Place place = order.place();
