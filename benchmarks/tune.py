@@ -35,7 +35,7 @@ WIDTH = 2048
 """Batch times length, and heads times head dim, of what is timed."""
 
 _SHARED_BYTES = 227 * 1024
-_BARRIER_BYTES = 1024
+_BARRIER_BYTES = 512
 """Barriers and places take less."""
 _REGISTERS = {2: 240, 3: 160}
 """Of a thread, by the number of consumer warpgroups."""
@@ -103,6 +103,7 @@ class BackwardTiles(Tiles):
         fp32_columns = -(-head_dim // 16) * 16
         needed = 2 * rows * _panel_columns(head_dim) + dscores
         needed += 4 * self.tile_q * (fp32_columns + stages)
+        needed += 32 * 1024 + 4 * (64 if head_dim > 64 else 128)  # of its row service
         return needed <= _SHARED_BYTES - _BARRIER_BYTES
 
 
@@ -174,7 +175,7 @@ def split_backward_candidates(head_dim: int) -> Iterator[SplitBackwardTiles]:
     """Yields the tiles worth trying for a head dim."""
     some_stages = ((2, 2), (3, 2), (3, 3), (4, 4))
     for tile_k, stages, dq_tile_k, dq_query_stages, dq_stages in itertools.product(
-        (128, 64), some_stages, (32, 48, 64, 96), (2, 1), some_stages
+        (128, 64), some_stages, (32, 48, 64, 96, 128), (2, 1), some_stages
     ):
         candidate = SplitBackwardTiles(
             64, tile_k, *stages, 128, dq_tile_k, dq_query_stages, *dq_stages

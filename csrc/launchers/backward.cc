@@ -126,21 +126,23 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
   const std::int64_t groups = shape.batch * shape.heads_k;
   const std::int64_t group_heads = shape.heads / shape.heads_k;
   const std::int64_t group_tiles = ceil_div(shape.seqlen_k, specialization.tile_k);
-  // In groups of so many CTAs: one that starts finds its rows prepared by CTAs that started, and a
-  // group finished by CTAs that ended, while each multiprocessor ran one or two more.
+  // Groups that the CTAs of so many rounds of all multiprocessors make up.
+  const auto groups_of = [&](double rounds) {
+    const auto ctas = static_cast<std::int64_t>(rounds * plan.multiprocessors);
+    return std::min(groups, 1 + ceil_div(ctas, std::max<std::int64_t>(group_tiles, 1)));
+  };
+  // A CTA that starts finds its rows prepared by CTAs that started, and a group finished by CTAs
+  // that ended, while each multiprocessor ran one or two more.
   const bool serves =
       specialization.serves_rows && mean_visible_keys(backward.attention) >= kServedKeys;
-  const auto lead = [&](double rounds) {
-    if (!serves) return groups;
-    const auto ctas = static_cast<std::int64_t>(rounds * plan.multiprocessors);
-    return std::min(groups, 1 + ceil_div(ctas, group_tiles));
-  };
+  const std::int64_t prepares_ahead = serves ? groups_of(1.5) : groups;
+  const std::int64_t rounds_behind = serves ? groups_of(2.0) : groups;
   jfa::Sm90FusedBackwardParams params{};
   params.backward = backward;
-  const std::int64_t prepares_ahead = lead(1.5);
-  const std::int64_t rounds_behind = lead(2.0);
   params.prepares_ahead = static_cast<int>(prepares_ahead);
   params.rounds_behind = static_cast<int>(rounds_behind);
+  // No more than are prepared ahead, or CTAs would wait for some with larger indices.
+  params.last_groups = static_cast<int>(groups_of(1.5));
   if (group_tiles > 0)
     JFA_RETURN_IF_ERROR(
         fill_sm90_params(params, call, specialization.tile_q, specialization.tile_k));

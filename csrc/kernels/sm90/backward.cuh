@@ -13,7 +13,7 @@
 // to come and round dq of heads that are done (sm90/row_service.cuh).
 //
 //   ring    stages        filled with                released
-//   keys    1             k and v of the key tile    never
+//   keys    2             k, and v, of the key tile  never
 //   query   kQueryStages  q and lse of a query tile  by each consumer's threads, after dk
 //   dout    kDoutStages   dout and delta             by each consumer's threads, after dv
 //
@@ -82,7 +82,9 @@ struct BackwardShapes {
 
   using QueryRing = tile::Ring<Config::kQueryStages>;
   using DoutRing = tile::Ring<Config::kDoutStages>;
-  using KeyRing = tile::Ring<1>;
+  using KeyRing = tile::Ring<2>;  // of k and of v: scores need not wait for v
+  static constexpr int kKeyStage = 0;
+  static constexpr int kValueStage = 1;
   using QueryPosition = tile::RingPosition<Config::kQueryStages>;
   using DoutPosition = tile::RingPosition<Config::kDoutStages>;
   static constexpr int kStatisticsBytes = Config::kTileQ * 4;
@@ -112,22 +114,21 @@ __device__ __forceinline__ void produce_backward(
   using Shapes = BackwardShapes<Config>;
   using KeyTile = typename Shapes::KeyTile;
   const AttentionParams& attention = params.backward.attention;
-  const BackwardWalk<Config> walk(attention);
+  const BackwardWalk<Config> walk(attention, fused_place<Config>(params));
   typename Shapes::QueryPosition query_at;
   typename Shapes::DoutPosition dout_at;
-  load_queries<Config>(params.q, params.dout, params.backward, stages, walk, query_at, dout_at,
-                       [&] {
-                         const int batch = walk.place.batch;
-                         const unsigned barrier = stages.keys.full(0);
-                         ptx::mbarrier_arrive_expect(barrier, 2 * KeyTile::kBytes);
-                         load_tile<KeyTile>(stages.shared + Shapes::kKeyOffset, params.k, barrier,
-                                            ptx::kEvictLast, walk.first_key, walk.place.head,
-                                            attention::own_batch(batch, attention.k.batches));
-                         load_tile<KeyTile>(stages.shared + Shapes::kValueOffset, params.v, barrier,
-                                            ptx::kEvictLast, walk.first_key, walk.place.head,
-                                            attention::own_batch(batch, attention.v.batches));
-                         RowService<Config, Shapes>(params, shared).await_prepared();
-                       });
+  load_queries<Config>(
+      params.q, params.dout, params.backward, stages, walk, query_at, dout_at, [&] {
+        const auto load = [&](int stage, int offset, const TensorMap& map, int batches) {
+          const unsigned barrier = stages.keys.full(stage);
+          ptx::mbarrier_arrive_expect(barrier, KeyTile::kBytes);
+          load_tile<KeyTile>(stages.shared + offset, map, barrier, ptx::kEvictLast, walk.first_key,
+                             walk.place.head, attention::own_batch(walk.place.batch, batches));
+        };
+        load(Shapes::kKeyStage, Shapes::kKeyOffset, params.k, attention.k.batches);
+        load(Shapes::kValueStage, Shapes::kValueOffset, params.v, attention.v.batches);
+        RowService<Config, Shapes>(params, shared).await_prepared();
+      });
   ptx::await_previous_grid();  // also without a walk, since who waits for this grid waits for both
 }
 
@@ -145,7 +146,7 @@ __device__ __forceinline__ void consume_backward(
   using Step = typename BackwardWalk<Config>::Step;
   const BackwardParams& backward = params.backward;
   const AttentionParams& attention = backward.attention;
-  const BackwardWalk<Config> walk(attention);
+  const BackwardWalk<Config> walk(attention, fused_place<Config>(params));
   const int batch = walk.place.batch;
 
   constexpr int kFirstRow = kConsumer * 64;
@@ -175,9 +176,9 @@ __device__ __forceinline__ void consume_backward(
   typename Shapes::DoutPosition dout_at;
   int dscores_stage = 0;
 
-  const auto start_scores = [&] {
-    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
-        scores, k_rows, 0, q_rows, query_at.stage() * QueryTile::kBytes);
+  const auto start_scores = [&](const typename Shapes::QueryPosition& at) {
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(scores, k_rows, 0, q_rows,
+                                                               at.stage() * QueryTile::kBytes);
   };
   const auto statistics = [&](int offset, int stage) {
     return reinterpret_cast<const float*>(shared + offset + stage * Shapes::kStatisticsBytes);
@@ -216,15 +217,20 @@ __device__ __forceinline__ void consume_backward(
       ptx::wgmma_commit();
     }
   };
-  const auto add_query_gradient = [&](const Step& added) {
+  using QueryGradientSums =
+      tile::BulkAccumulator<typename Shapes::template QueryGradient<kConsumer>>;
+  constexpr int kSumsOffset = Shapes::query_gradient_offset(kConsumer);
+  unsigned char* const staged = shared + Shapes::kQueryGradientOffset + kSumsOffset * 4 +
+                                warp * QueryGradientSums::kWarpBytes;
+  const auto stage_query_gradient = [&] {
+    if constexpr (Shapes::query_gradient_steps(kConsumer) > 0) QueryGradientSums::stage(dq, staged);
+  };
+  const auto send_query_gradient = [&](const Step& added) {
     if constexpr (Shapes::query_gradient_steps(kConsumer) > 0) {
-      constexpr int kOffset = Shapes::query_gradient_offset(kConsumer);
       const long long row =
           attention::workspace_row(backward, batch, added.head, added.query_tile * Config::kTileQ);
-      const tile::BulkAccumulator<decltype(dq)> accumulator{
-          backward.dq_accum + row * backward.padded_columns + kOffset};
-      accumulator.add(
-          dq, shared + Shapes::kQueryGradientOffset + kOffset * 4 + warp * accumulator.kWarpBytes);
+      QueryGradientSums{backward.dq_accum + row * backward.padded_columns + kSumsOffset}.send(
+          staged);
     }
   };
 
@@ -235,18 +241,19 @@ __device__ __forceinline__ void consume_backward(
   // its dscores.
   const auto finish_query_gradient = [&] {
     if constexpr (kConsumer == 1) {
-      add_query_gradient(step);
+      send_query_gradient(step);
     } else {
-      if (before.head >= 0) add_query_gradient(before);
+      if (before.head >= 0) send_query_gradient(before);
       before = step;
     }
   };
   if (remaining > 0) {
     step = walk.first();
     if constexpr (kConsumer == 1) ptx::barrier_arrive(kTurnBarrier, 256);  // the first turn
-    ptx::mbarrier_wait(stages.keys.full(0), 0);
+    ptx::mbarrier_wait(stages.keys.full(Shapes::kKeyStage), 0);
     stages.query.wait_full(query_at);
-    start_scores();
+    start_scores(query_at);
+    ptx::mbarrier_wait(stages.keys.full(Shapes::kValueStage), 0);
     stages.dout.wait_full(dout_at);
     start_dprobs();
     ptx::wgmma_wait<1>();  // scores
@@ -268,26 +275,31 @@ __device__ __forceinline__ void consume_backward(
     ptx::barrier_sync(kTurnBarrier + kConsumer, 256);  // dscores are there, see the table above
     tile::start_register_product<Element>(dv, rounded_probs, dout_columns,
                                           dout_at.stage() * QueryTile::kBytes);
+    start_query_gradient(kConsumer == 0 ? dscores_stage ^ 1 : dscores_stage);
     tile::start_register_product<Element>(dk, rounded_dscores, q_columns,
                                           query_at.stage() * QueryTile::kBytes);
-    start_query_gradient(kConsumer == 0 ? dscores_stage ^ 1 : dscores_stage);
     dscores_stage ^= 1;
-    ptx::wgmma_wait<1>();  // dv and dk
+    // dq is staged beside dk and sent beside scores, whose products would else wait for it.
+    ptx::wgmma_wait<1>();  // dv and dq
     // Every thread has read lse and delta for itself.
     stages.dout.release(dout_at.stage());
-    stages.query.release(query_at.stage());
+    stage_query_gradient();
     if (--remaining == 0) {
-      ptx::wgmma_wait<0>();  // dq
       finish_query_gradient();
+      ptx::wgmma_wait<0>();  // dk
+      stages.query.release(query_at.stage());
       ptx::barrier_arrive(kTurnBarrier + 1 - kConsumer, 256);
       break;
     }
-    query_at.advance();
-    dout_at.advance();
-    stages.query.wait_full(query_at);
-    start_scores();
-    ptx::wgmma_wait<1>();  // dq
+    auto next_query = query_at;
+    next_query.advance();
+    stages.query.wait_full(next_query);
+    start_scores(next_query);
     finish_query_gradient();
+    ptx::wgmma_wait<1>();  // dk
+    stages.query.release(query_at.stage());
+    query_at = next_query;
+    dout_at.advance();
     walk.advance(step);
     stages.dout.wait_full(dout_at);
     start_dprobs();
@@ -296,24 +308,34 @@ __device__ __forceinline__ void consume_backward(
     finish_scores(step);
     ptx::wgmma_wait<0>();  // dprobs
   }
+
+  const auto store_key_gradients = [&] {
+    const bool spoilt = !dk.is_finite() || !dv.is_finite();
+    dk.scale(attention.softmax_scale);
+    if constexpr (Config::kDropout) dv.scale(attention.dropout_scale);
+    store_key_gradient<Config>(backward.dk, dk, walk.place, attention.seqlen_k, warp_row);
+    store_key_gradient<Config>(backward.dv, dv, walk.place, attention.seqlen_k, warp_row);
+    if constexpr (Config::kWindowed) {
+      if (spoilt) backward.spoilt[batch * attention.heads + walk.place.head * walk.group] = 1;
+    }
+  };
+  // The news of dq waits for what a warp has stored before: the second consumer's goes out before
+  // dk and dv, and the first one has them behind it when the second has had its last turn.
+  const RowService<Config, Shapes> service(params, shared);
   if constexpr (kConsumer == 0) {
+    store_key_gradients();
     if (before.head >= 0) {
       ptx::barrier_sync(kTurnBarrier, 256);
       start_query_gradient(dscores_stage ^ 1);
       ptx::wgmma_wait<0>();
-      add_query_gradient(before);
+      stage_query_gradient();
+      send_query_gradient(before);
     }
+    service.tell_added();
+  } else {
+    service.tell_added();
+    store_key_gradients();
   }
-
-  const bool spoilt = !dk.is_finite() || !dv.is_finite();
-  dk.scale(attention.softmax_scale);
-  if constexpr (Config::kDropout) dv.scale(attention.dropout_scale);
-  store_key_gradient<Config>(backward.dk, dk, walk.place, attention.seqlen_k, warp_row);
-  store_key_gradient<Config>(backward.dv, dv, walk.place, attention.seqlen_k, warp_row);
-  if constexpr (Config::kWindowed) {
-    if (spoilt) backward.spoilt[batch * attention.heads + walk.place.head * walk.group] = 1;
-  }
-  RowService<Config, Shapes>(params, shared).tell_added();
 }
 
 template <class Config>
@@ -323,6 +345,10 @@ __device__ __forceinline__ void backward(const Sm90FusedBackwardParams& params,
   ptx::start_next_grid();
   const BackwardStages<Shapes> stages(tile::shared_address(shared));
   if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(params.q);
+    ptx::prefetch_tensor_map(params.k);
+    ptx::prefetch_tensor_map(params.v);
+    ptx::prefetch_tensor_map(params.dout);
     stages.query.init(kBackwardConsumers * 128);
     stages.dout.init(kBackwardConsumers * 128);
     stages.keys.init(1);

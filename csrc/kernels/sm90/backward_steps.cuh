@@ -37,10 +37,6 @@ struct BackwardWalk {
   int first_key;
   attention::Range query_tiles;
 
-  __device__ __forceinline__ explicit BackwardWalk(const AttentionParams& attention)
-      : BackwardWalk(attention, attention::GridPlace(
-                                    (attention.seqlen_k + Config::kTileK - 1) / Config::kTileK,
-                                    attention.heads_k)) {}
   __device__ __forceinline__ BackwardWalk(const AttentionParams& attention,
                                           const attention::TilePlace& tile_place)
       : place(tile_place),

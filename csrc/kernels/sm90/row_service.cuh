@@ -11,7 +11,7 @@
 // is left.
 //
 // A CTA waits only for CTAs with smaller block indices, which the hardware starts first, so it
-// never waits for one that can't run.
+// never waits for one that can't run. The last groups (fused_place) have none to prepare for.
 #pragma once
 
 #include <attention/head_address.cuh>
@@ -64,6 +64,25 @@ struct ServiceShare {
   int end;
 };
 
+// The key tile of a CTA.
+template <class Config>
+__device__ __forceinline__ attention::TilePlace fused_place(const Sm90FusedBackwardParams& params) {
+  const AttentionParams& attention = params.backward.attention;
+  const int tiles = (attention.seqlen_k + Config::kTileK - 1) / Config::kTileK;
+  const int index = static_cast<int>(ptx::reread_cta());
+  int tile = index % tiles;
+  int group = index / tiles;
+  if constexpr (Config::kWindowed) {
+    const int first_group = attention.batch * attention.heads_k - params.last_groups;
+    if (group >= first_group) {
+      const int rest = index - first_group * tiles;
+      tile = rest / params.last_groups;
+      group = first_group + rest % params.last_groups;
+    }
+  }
+  return {tile, group % attention.heads_k, group / attention.heads_k};
+}
+
 template <class Config, class Shapes>
 struct RowService {
   using Staging = ServiceStaging<Config, Shapes>;
@@ -77,9 +96,9 @@ struct RowService {
       : params(fused),
         staging(shared + Shapes::kServiceOffset),
         tiles((fused.backward.attention.seqlen_k + Config::kTileK - 1) / Config::kTileK) {
-    const int cta = blockIdx.x;
-    tile = cta % tiles;
-    group = cta / tiles;
+    const attention::TilePlace place = fused_place<Config>(fused);
+    tile = place.tile;
+    group = place.batch * fused.backward.attention.heads_k + place.head;
   }
 
   // For the producer: until the rows of the own group are prepared. Threads: one.
@@ -92,7 +111,7 @@ struct RowService {
 
   // For consumers, behind their last addition: the warp's have arrived. Threads: a whole warp.
   __device__ __forceinline__ void tell_added() const {
-    __syncwarp();  // marks of all lanes are written
+    __syncwarp();
     if (!ptx::elect_lane()) return;
     ptx::bulk_wait();  // also since shared memory ends with the CTA
     if constexpr (Config::kServesRows) {

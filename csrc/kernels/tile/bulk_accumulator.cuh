@@ -27,21 +27,25 @@ struct BulkAccumulator {
     return static_cast<int>(threadIdx.x) % 32 * 4;
   }
 
-  // Adds by way of the warp's own kWarpBytes of shared memory, which the copy engine may still read
-  // until the warp's next addition or bulk_wait_read. Threads: a whole warp, the same at each call.
-  __device__ __forceinline__ void add(const Acc& acc, unsigned char* staging) const {
+  // An addition goes by way of the warp's own kWarpBytes of shared memory, in two steps, so that
+  // products can be started between them: stage() frees the accumulator's registers, send() starts
+  // the copy, which may read what is staged until the warp's next stage() or bulk_wait_read.
+  // Threads: a whole warp, the same at each call.
+  static __device__ __forceinline__ void stage(const Acc& acc, unsigned char* staging) {
     float* const staged = reinterpret_cast<float*>(staging);
-    const bool elected = ptx::elect_lane();
-    if (elected) ptx::bulk_wait_read();
+    if (ptx::elect_lane()) ptx::bulk_wait_read();
     __syncwarp();  // the last addition has read what it staged
 #pragma unroll
     for (int n = 0; n < Acc::kColumnTiles; ++n)
       *reinterpret_cast<float4*>(staged + lane_offset() + n * 128) = make_float4(
           acc.values[0][n][0], acc.values[0][n][1], acc.values[0][n][2], acc.values[0][n][3]);
+  }
+  __device__ __forceinline__ void send(const unsigned char* staging) const {
     ptx::fence_async_proxy();
     __syncwarp();  // all lanes have staged
-    if (elected) {
-      ptx::bulk_reduce_add(data + warp_offset(), staged, kWarpBytes);
+    if (ptx::elect_lane()) {
+      ptx::bulk_reduce_add(data + warp_offset(), reinterpret_cast<const float*>(staging),
+                           kWarpBytes);
       ptx::bulk_commit();
     }
   }
