@@ -281,14 +281,21 @@ def test_dispatch_takes_turns_and_leaves_waiting_out():
     calls = {"ours": call("ours", 3000), "empty": call("empty", 2000)}
     taken = dispatch.sample(calls, [0], 4, clock=lambda: now[0], quiet=True)
     assert order[-8:] == ["ours", "empty"] * 4
-    assert dispatch.summarise(taken) == {
+    taken |= dispatch.sample_queued(calls, [0], clock=lambda: now[0])
+    # Of 500 calls in a row one is waited for, which takes 1,000 us.
+    expected = {
         "ours_us": 3.0,
-        "ours_spread": 0.0,
         "empty_us": 2.0,
-        "empty_spread": 0.0,
+        "ours_ready_us": 1003.0,
+        "empty_ready_us": 1002.0,
+        "ours_queued_us": 5.0,
+        "empty_queued_us": 4.0,
         "difference_us": 1.0,
         "ratio": 1.5,
     }
+    summary = dispatch.summarise(taken)
+    assert {name: summary[name] for name in expected} == expected
+    assert {summary[name] for name in summary.keys() - expected.keys()} == {0.0}
 
 
 def test_dispatch_refuses_no_calls(tmp_path, capsys):
