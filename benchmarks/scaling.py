@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             for line in found:
                 log.write("scaling", **line)
-            print(table(found), flush=True)
+            tqdm.write(table(found))
     return 0
 
 
