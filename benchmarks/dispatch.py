@@ -7,6 +7,11 @@ until the call returns to Python, which on a GPU is before the result is there. 
 take turns, and each is waited for before the next, so that no queue fills up. What
 both cost is JAX's own dispatch; the difference is ours. On a CPU a call may compute
 before it returns, so there the difference says nothing about dispatch.
+
+A runtime that launches from a thread of its own hides what a launch costs the host, so
+two more figures stand beside the first: the time until the result is there (`ready`),
+the kernel's included, and the time of a call in a row that nobody waits for
+(`queued`), which is the host's where that is slower than the GPU.
 """
 
 import argparse
@@ -30,6 +35,8 @@ TINY = Workload("tiny", 1, 64, 1, 1, 64, source="one tile of one head")
 OURS, EMPTY = "ours", "empty"
 
 _WARM_UP_CALLS = 100
+_QUEUED_CALLS = 500
+_QUEUED_ROUNDS = 21
 
 
 def callables(workload: Workload) -> dict[str, Callable[..., jax.Array]]:
@@ -50,6 +57,8 @@ def sample(
 ) -> dict[str, list[int]]:
     """Returns the nanoseconds of each call, by name; the calls take turns.
 
+    Under the name with `_ready`, those until its result was there.
+
     Args:
         calls: what is timed.
         operands: what each is called with.
@@ -61,16 +70,36 @@ def sample(
         for _ in range(_WARM_UP_CALLS):
             call(*operands).block_until_ready()
     taken: dict[str, list[int]] = {name: [] for name in calls}
+    taken |= {f"{name}_ready": [] for name in calls}
     for _ in tqdm(range(count), desc="calls", disable=quiet):
         for name, call in calls.items():
             start = clock()
             result = call(*operands)
-            taken[name].append(clock() - start)
+            returned = clock()
             result.block_until_ready()
+            taken[name].append(returned - start)
+            taken[f"{name}_ready"].append(clock() - start)
     return taken
 
 
-def summarise(taken: dict[str, list[int]]) -> dict[str, Any]:
+def sample_queued(
+    calls: dict[str, Callable[..., jax.Array]],
+    operands: Sequence[jax.Array],
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> dict[str, list[float]]:
+    """Returns the nanoseconds of a call in each of some rows; the rows take turns."""
+    taken: dict[str, list[float]] = {f"{name}_queued": [] for name in calls}
+    for _ in range(_QUEUED_ROUNDS):
+        for name, call in calls.items():
+            start = clock()
+            for _ in range(_QUEUED_CALLS):
+                result = call(*operands)
+            result.block_until_ready()
+            taken[f"{name}_queued"].append((clock() - start) / _QUEUED_CALLS)
+    return taken
+
+
+def summarise(taken: dict[str, Any]) -> dict[str, Any]:
     """Returns medians in microseconds with their spread, and ours against the empty."""
     summary: dict[str, Any] = {}
     for name, nanoseconds in taken.items():
@@ -104,13 +133,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         log = Log(file)
         log.write("run", **environment.describe([every[OURS]], "benchmarks.dispatch"))
         operands = jax.block_until_ready(arrays.make(TINY).qkv)
-        taken = sample(callables(TINY), operands, options.calls, quiet=options.quiet)
-        figures = summarise(taken)
+        calls = callables(TINY)
+        taken = sample(calls, operands, options.calls, quiet=options.quiet)
+        figures = summarise({**taken, **sample_queued(calls, operands)})
         log.write("dispatch", calls=options.calls, on_gpu=on_gpu(), **figures)
     print(
         f"ours {figures['ours_us']:.1f} us, empty {figures['empty_us']:.1f} us, "
         f"difference {figures['difference_us']:.1f} us, ratio {figures['ratio']:.2f}"
     )
+    for name in ("ready", "queued"):
+        ours, empty = (figures[f"{who}_{name}_us"] for who in (OURS, EMPTY))
+        print(f"{name}: ours {ours:.1f} us, empty {empty:.1f} us")
     return 0
 
 

@@ -5,8 +5,9 @@
 Forward, and forward with backward, split over batch, over heads, and over both, through
 `jax.jit` of operands with shardings, or with `--ways` through `shard_map`. The whole
 problem has N times one GPU's batch, so that each GPU has one GPU's work, however it is
-split. The rates of a row are measured in turns, in one process. A run stops where a
-program holds communication: there ought to be none.
+split. No two GPUs are equally fast, so each is measured alone, too: N times one GPU's
+rate is the sum of theirs. The rates of a table are measured in turns, in one process. A
+run stops where a program holds communication: there ought to be none.
 """
 
 import argparse
@@ -34,8 +35,8 @@ WAYS = ("jit", "shard_map")
 
 _SPEC = Spec("batch", None, "heads")
 _COMMUNICATION = re.compile(
-    r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
-    r"(?:-start)?\("
+    r"\b(all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute"
+    r"|reduce-scatter)(?:-start)?\("
 )
 
 
@@ -75,28 +76,35 @@ def sampler(
     mode: Mode,
     mesh: Mesh,
     way: str,
-    sample_seconds: float,
-) -> timing.QueuedSampler:
-    """Returns one program, compiled and warm.
+    **timed: Any,
+) -> timing.MeshSampler:
+    """Returns one program, compiled.
+
+    Args:
+        attend: what is timed.
+        workload: what all devices of the mesh compute.
+        mode: which pass.
+        mesh: of one device or several.
+        way: what splits, of `WAYS`.
+        **timed: arguments of `timing.MeshSampler`.
 
     Raises:
-        RuntimeError: its step communicates.
+        RuntimeError: the program communicates.
     """
-    operands = arrays.make(workload)
-    arguments = operands.qkv if mode == "fwd" else operands.every
-    placed = jax.device_put(arguments, NamedSharding(mesh, _SPEC))
+    sharding = NamedSharding(mesh, _SPEC)
+    placed = jax.jit(lambda: arrays.make(workload).every, out_shardings=sharding)()
     step: Callable[..., Any] = attend
-    if mode == "both":
+    if mode == "fwd":
+        placed = placed[:3]
+    else:
         step = modes.forward_and_backward(attend)
     if way == "shard_map":
-        out_specs = _SPEC if mode == "fwd" else (_SPEC,) * 4
-        in_specs = (_SPEC,) * len(placed)
-        step = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-    program = jax.jit(step).lower(*placed).compile()
-    found = communication(program)
+        step = jax.shard_map(step, mesh=mesh, in_specs=_SPEC, out_specs=_SPEC)
+    result = timing.MeshSampler(step, placed, **timed)
+    found = communication(result.program)
     if found:
         raise RuntimeError(f"{workload.name} {mode} {way} holds {sorted(found)}")
-    return timing.QueuedSampler(program, placed, sample_seconds=sample_seconds)
+    return result
 
 
 def measure(
@@ -107,31 +115,39 @@ def measure(
     rounds: int,
     sample_seconds: float,
 ) -> list[dict[str, Any]]:
-    """Returns a JSON object for each mesh; the first mesh is one device's.
+    """Returns a JSON object for each mesh.
 
     Args:
         workload: what one device computes.
         mode: which pass.
-        meshes: by the name of how they split.
+        meshes: by the name of how they split; one for each device alone come first.
         way: what splits, of `WAYS`.
         rounds: samples of each.
         sample_seconds: how long one sample should take.
     """
     attend = contenders()["ours"].build(workload)
-    samplers, samples = {}, {}
+    samplers: dict[str, timing.MeshSampler] = {}
+    trips: int | None = None
     for name, mesh in meshes.items():
         whole = grown(workload, mesh.size)
-        samplers[name] = sampler(attend, whole, mode, mesh, way, sample_seconds)
-        samples[name] = []
+        samplers[name] = sampler(
+            attend, whole, mode, mesh, way, trips=trips, sample_seconds=sample_seconds
+        )
+        trips = samplers[name].trips  # each device has the same work in every program
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(rounds):
         for name, each in samplers.items():
             samples[name].append(each.sample())
-    lines = []
+    lines: list[dict[str, Any]] = []
+    alone: dict[jax.Device, float] = {}
     for name, mesh in meshes.items():
         summary = timing.summarise(samples[name], samplers[name])
-        work = workloads.flops(grown(workload, mesh.size), mode)
-        rate = work / summary.seconds / 1e12
-        first = lines[0]["tflops"] if lines else rate
+        rate = (
+            workloads.flops(grown(workload, mesh.size), mode) / summary.seconds / 1e12
+        )
+        if mesh.size == 1:
+            alone[mesh.devices.item()] = rate
+        rates = [alone[device] for device in mesh.devices.flat]
         lines.append(
             {
                 "workload": workload.name,
@@ -141,7 +157,10 @@ def measure(
                 "devices": mesh.size,
                 "tflops": rate,
                 "spread": summary.spread,
-                "ratio": rate / (mesh.size * first),
+                "samples": summary.samples,
+                "trips": summary.trips,
+                "ratio": rate / sum(rates),
+                "ratio_to_slowest": rate / (mesh.size * min(rates)),
             }
         )
     return lines
@@ -149,7 +168,8 @@ def measure(
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Returns the lines as a Markdown table."""
-    header = ("workload", "mode", "way", "split", "devices", "TFLOP/s", "of N x one")
+    header = ("workload", "mode", "way", "split", "devices", "TFLOP/s")
+    header += ("of N x one", "of N x the slowest", "spread")
     body = (
         (
             line["workload"],
@@ -159,6 +179,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
             str(line["devices"]),
             results.three_digits(line["tflops"]),
             f"{line['ratio']:.3f}",
+            f"{line['ratio_to_slowest']:.3f}",
+            f"{line['spread']:.1%}",
         )
         for line in lines
     )
@@ -171,16 +193,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--filter", default="^d128_causal_s4096$", help="default: %(default)s")
     add("--devices", metavar="2,4", help="numbers of devices; default: all there are")
     add("--ways", default="jit", help=f"of {','.join(WAYS)}; default: %(default)s")
-    add("--rounds", type=int, default=20, help="samples each; default: %(default)s")
-    add("--sample-ms", type=float, default=30.0, help="default: %(default)s")
+    add("--rounds", type=int, default=15, help="samples each; default: %(default)s")
+    add("--sample-ms", type=float, default=100.0, help="default: %(default)s")
     add("--out", type=Path, default=Path("scaling.jsonl"), help="default: %(default)s")
     return parser
 
 
 def _meshes(counts: Sequence[int], workload: Workload) -> dict[str, Mesh]:
-    """One device, then every split that heads allow; says which they don't."""
+    """Each device alone, then every split that heads allow; says which they don't."""
     devices = jax.devices()
-    found = {"none": make_mesh(devices, (1, 1))}
+    used = enumerate(devices[: max(counts)])
+    found = {f"none, {n}": make_mesh([device], (1, 1)) for n, device in used}
     for count in counts:
         if not 2 <= count <= len(devices):
             raise ValueError(
@@ -207,12 +230,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = workloads.select(options.filter)
         text = options.devices or str(jax.device_count())
         counts = [int(count) for count in text.split(",")]
-        cells = [(w, m, way) for w in chosen for m in MODES for way in ways]
+        cells = [(w, m, way) for way in ways for w in chosen for m in MODES]
         meshes = {w.name: _meshes(counts, w) for w in chosen}
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    lines = []
     with options.out.open("a") as file:
         log = Log(file)
         ours = [contenders()["ours"]]
@@ -226,10 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options.rounds,
                 options.sample_ms / 1e3,
             )
-            lines += found
             for line in found:
                 log.write("scaling", **line)
-    print(table(lines))
+            tqdm.write(table(found))
     return 0
 
 

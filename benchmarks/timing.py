@@ -5,7 +5,7 @@ the figure. One element of every result goes back into the first argument, so th
 call can be hoisted or dropped. The same loop around nothing is timed at two trip
 counts, and what it costs is subtracted.
 
-JAX over several devices: calls queued from the host.
+JAX over a mesh: the same loop on every device, each of which feeds its own parts back.
 
 PyTorch: the same number of calls captured as one CUDA graph and timed by CUDA events;
 a plain loop where capture fails.
@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 Step = Callable[..., Any]
 """Takes the looped array and the fixed ones, returns arrays."""
@@ -73,23 +74,31 @@ def summarise(samples: Sequence[float], sampler: Sampler) -> Summary:
     )
 
 
-def loop(step: Step, trips: int) -> Callable[..., jax.Array]:
+def loop(
+    step: Step, trips: int, sharding: NamedSharding | None = None
+) -> Callable[..., jax.Array]:
     """Returns a jitted function that runs a step `trips` times, chained.
 
     Args:
         step: called as step(first, *rest); returns a pytree of arrays.
         trips: the static trip count.
+        sharding: how a mesh splits `first` and all results, if one does.
 
     Returns:
         A function of (first, *rest) that returns `first` with its first element
-        overwritten.
+        overwritten, on a mesh that of each device's part.
     """
+    feed = _feed
+    if sharding is not None:
+        # To feed one element of a whole array to all devices would communicate.
+        specs = {"in_specs": (sharding.spec,) * 2, "out_specs": sharding.spec}
+        feed = jax.shard_map(_feed, mesh=sharding.mesh, **specs)
 
     def run(first: jax.Array, *rest: Any) -> jax.Array:
         def body(_: Any, first: jax.Array) -> jax.Array:
             # Without the barrier XLA could compute the one element that is read.
             results = jax.lax.optimization_barrier(step(first, *rest))
-            return _feed(first, jax.tree.leaves(results))
+            return feed(first, jax.tree.leaves(results))
 
         return jax.lax.fori_loop(0, trips, body, first)
 
@@ -205,42 +214,49 @@ class JaxSampler:
         return max(elapsed - self._cost.of(self.trips), _CLOCK_SECONDS) / self.trips
 
 
-class QueuedSampler:
-    """Times a JAX program over several devices: calls queued from the host.
+class MeshSampler:
+    """Times a JAX step of arrays that a mesh splits, or that one device of it holds.
 
-    A loop on the devices would have to feed one result back, and so to communicate.
-    The dispatch of a call is hidden where the call before it takes longer.
+    What the loop costs stays in: it costs as much on one device as on each of several.
     """
 
     overhead = 0.0
 
     def __init__(
         self,
-        program: Callable[..., Any],
-        arguments: Sequence[Any],
+        step: Step,
+        arguments: Sequence[jax.Array],
         *,
+        trips: int | None = None,
         sample_seconds: float = DEFAULT_SAMPLE_SECONDS,
     ) -> None:
-        """Warms up and settles the number of calls.
+        """Compiles, and settles the trip count.
 
         Args:
-            program: jitted or compiled.
-            arguments: its arguments, in their place.
+            step: called as step(*arguments); its results are split as its arguments.
+            arguments: all split alike.
+            trips: calls in a sample; default: as many as fill it, at the price of a
+                second compilation.
             sample_seconds: how long one sample should take.
         """
-        self._program, self._arguments = program, arguments
-        self.trips = _MIN_TRIPS
-        self.sample()
-        self.trips = trips_for(self.sample(), sample_seconds)
-        self.sample()
+        self._arguments = tuple(arguments)
+        if trips is None:
+            self._compile(step, _MIN_TRIPS)
+            trips = trips_for(self.sample(), sample_seconds)
+        self._compile(step, trips)
+
+    def _compile(self, step: Step, trips: int) -> None:
+        sharding: Any = self._arguments[0].sharding
+        self.trips = trips
+        self.program = loop(step, trips, sharding).lower(*self._arguments).compile()
 
     def sample(self) -> float:
-        """Returns the seconds per call of one sample."""
-        start = time.perf_counter()
-        for _ in range(self.trips):
-            result = self._program(*self._arguments)
-        jax.block_until_ready(result)
-        return (time.perf_counter() - start) / self.trips
+        """Returns the seconds per call of one sample, taken right after a run like it.
+
+        A GPU that has waited for its turn is cool and runs at a higher clock.
+        """
+        jax.block_until_ready(self.program(*self._arguments))
+        return _seconds(self.program, *self._arguments) / self.trips
 
 
 class StateSampler:

@@ -53,8 +53,9 @@ WEIGHT_SPECS = {
 
 BATCH_SPEC = Spec("data")
 
-_WARM_UP_STEPS = 3
-_TIMED_STEPS = 20
+_WARM_UP_STEPS = 5
+_TIMED_STEPS = 10
+_TIMED_ROUNDS = 5
 
 
 class Program(NamedTuple):
@@ -191,18 +192,22 @@ def train(
 
 
 def steps_per_second(config: Config, mesh: Mesh, text: np.ndarray) -> float:
-    """Returns the rate of training steps, compiling left out."""
+    """Returns the rate of training steps, compiling left out: the median of a few."""
     state, step, _, _ = build(config, mesh)
     batch = place(next(byte_gpt.batches(text, config, config.seed)), mesh)
     key = jax.random.key(config.seed)
-    for _ in range(_WARM_UP_STEPS):
-        state, loss = step(state, batch, key)
-    loss.block_until_ready()
-    start = time.monotonic()
-    for _ in range(_TIMED_STEPS):
-        state, loss = step(state, batch, key)
-    loss.block_until_ready()
-    return _TIMED_STEPS / (time.monotonic() - start)
+
+    def seconds(steps: int) -> float:
+        nonlocal state
+        start = time.monotonic()
+        for _ in range(steps):
+            state, loss = step(state, batch, key)
+        loss.block_until_ready()
+        return time.monotonic() - start
+
+    seconds(_WARM_UP_STEPS)
+    rounds = [seconds(_TIMED_STEPS) for _ in range(_TIMED_ROUNDS)]
+    return _TIMED_STEPS / float(np.median(rounds))
 
 
 class Rate(NamedTuple):
@@ -216,9 +221,12 @@ class Rate(NamedTuple):
 
 
 def measure_scaling(
-    config: Config, meshes: Sequence[Mesh], text: np.ndarray
+    config: Config, meshes: Sequence[Mesh], text: np.ndarray, out: Path
 ) -> list[Rate]:
-    """Returns the speed on each mesh; the batch grows with its mesh axis "data"."""
+    """Returns the speed on each mesh; the batch grows with its mesh axis "data".
+
+    What is known is written after each mesh, so that a run which is ended keeps it.
+    """
     rates: list[Rate] = []
     for mesh in tqdm(meshes, desc="scaling"):
         grown = dataclasses.replace(config, batch=config.batch * mesh.shape["data"])
@@ -227,6 +235,7 @@ def measure_scaling(
         first = rates[0] if rates else Rate(mesh.size, steps, tokens, 1.0)
         ratio = tokens / first.tokens_per_s * first.devices / mesh.size
         rates.append(Rate(mesh.size, steps, tokens, ratio))
+        write_scaling(rates, out)
     return rates
 
 
@@ -344,8 +353,7 @@ def main() -> None:
     if jax.process_index() == 0:
         options.out.mkdir(parents=True, exist_ok=True)
     if options.scaling:
-        rates = measure_scaling(config, meshes, text)
-        write_scaling(rates, options.out)
+        rates = measure_scaling(config, meshes, text, options.out)
         print(scaling_table(rates))
         print(f"{options.out}/scaling.csv and scaling.png")
         return

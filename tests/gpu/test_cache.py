@@ -76,12 +76,14 @@ case = cases.BY_NAME["causal_gqa"]
 arrays = inputs.make(case)
 right = oracle.of(case, arrays)
 start = threading.Barrier(4)
+devices = jax.devices()[:{num_devices}]
 
-def compile_and_run(_):
+def compile_and_run(n):
+    placed = jax.device_put(arrays, devices[n % len(devices)])
     attend = calls.attention(case, implementation="cuda")
-    program = calls.jit(calls.with_gradients(attend)).lower(arrays).compile()
+    program = calls.jit(calls.with_gradients(attend)).lower(placed).compile()
     start.wait()
-    return jax.block_until_ready(program(arrays))
+    return jax.block_until_ready(program(placed))
 
 with ThreadPoolExecutor(4) as pool:
     for results in pool.map(compile_and_run, range(4)):
@@ -90,10 +92,18 @@ answer["cache"] = _ffi.native.cache()
 """
 
 
-def test_threads_run_new_kernels_at_once(tmp_path, kernels):
+@pytest.mark.parametrize(
+    "num_devices",
+    [
+        pytest.param(1, id="one_gpu"),
+        pytest.param(4, id="several_gpus", marks=pytest.mark.multi_gpu),
+    ],
+)
+def test_threads_run_new_kernels_at_once(num_devices, tmp_path, kernels):
     """Four programs of their own need the same kernels, compiled at the first run."""
     folder = tmp_path / "cache"
-    found = jax_child.run(THREADS_PROGRAM, JAX_FLASH_ATTN_CACHE_DIR=folder)
+    program = THREADS_PROGRAM.format(num_devices=num_devices)
+    found = jax_child.run(program, JAX_FLASH_ATTN_CACHE_DIR=folder)
     assert found["cache"]["entries"] == kernels
 
 

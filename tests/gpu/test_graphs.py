@@ -34,7 +34,30 @@ for _ in range(5):
 answer["digests"] = digests
 """
 
-FLAGS = {"on": None, "off": "--xla_gpu_enable_command_buffer="}
+PROFILED = """
+import tempfile
+from pathlib import Path
+
+with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+        for _ in range(3):
+            jax.block_until_ready(step(arrays["q"], arrays["k"], arrays["v"], rng))
+    (path,) = Path(folder).rglob("*.xplane.pb")
+    profile = jax.profiler.ProfileData.from_file(str(path))
+    answer["kernels"] = [
+        (event.name, sorted(str(name) for name, value in event.stats if value))
+        for plane in profile.planes if "GPU" in plane.name
+        for line in plane.lines
+        for event in line.events
+        if event.name.startswith(("flash_forward_", "flash_backward_"))
+    ]
+"""
+
+# Left to itself, XLA uses no graph while it is profiled.
+FLAGS = {
+    "on": "--xla_enable_command_buffers_during_profiling=true",
+    "off": "--xla_gpu_enable_command_buffer=",
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +80,15 @@ def test_both_modes_give_the_same(answers):
     assert answers["on"] == answers["off"]
 
 
+@pytest.mark.parametrize("mode", FLAGS)
+def test_profile_shows_kernels_inside_the_graph(mode):
+    """The profiler gives a kernel of a graph the graph's id."""
+    kernels = jax_child.run(PROGRAM + PROFILED, XLA_FLAGS=FLAGS[mode])["kernels"]
+    assert len(kernels) >= 3 * 2 * 3  # runs, passes, layers
+    inside = {name for name, stats in kernels if any("graph" in x for x in stats)}
+    assert inside == ({name for name, _ in kernels} if mode == "on" else set()), kernels
+
+
 # Several devices
 
 SPLIT_PROGRAM = """
@@ -69,8 +101,8 @@ case = dataclasses.replace(
     programs.CASE, batch=4, seqlen_q=150, seqlen_k=150, head_dim=64, dtype="bfloat16"
 )
 for way, grid in (
-    ("one_device", (1, 1)), ("pmap", (2, 1)), ("shard_map", (1, 2)), ("auto", (2, 1)),
-    ("explicit", (1, 2)),
+    ("auto", (2, 1)), ("explicit", (1, 2)), ("shard_map", (1, 2)), ("pmap", (2, 1)),
+    ("one_device", (1, 1)),
 ):
     program, operands, context = programs.build(
         way, case, jax.devices("cuda"), grid, layers=3, implementation="cuda",
@@ -83,12 +115,19 @@ for way, grid in (
             answer[way].append(hashlib.sha256(text).hexdigest())
 """
 
-WAYS = ("one_device", "pmap", "shard_map", "auto", "explicit")
+WAYS = ("auto", "explicit", "shard_map", "pmap", "one_device")
 
 
 @pytest.mark.multi_gpu
-def test_split_programs_give_what_one_device_gives():
-    """In both modes, in every run."""
-    found = [jax_child.run(SPLIT_PROGRAM, XLA_FLAGS=FLAGS[mode]) for mode in FLAGS]
+def test_split_programs_give_what_one_device_gives(tmp_path):
+    """In both modes, in every run; the first finds no compiled kernel."""
+    found = [
+        jax_child.run(
+            SPLIT_PROGRAM,
+            XLA_FLAGS=FLAGS[mode],
+            JAX_FLASH_ATTN_CACHE_DIR=tmp_path / mode,
+        )
+        for mode in FLAGS
+    ]
     digests = {digest for answer in found for way in WAYS for digest in answer[way]}
     assert len(digests) == 1

@@ -1,4 +1,4 @@
-"""Programs split over two GPUs: the kernels run on parts of the operands."""
+"""Programs split over several GPUs: the kernels run on parts of the operands."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from tests.support import partitioning, programs
+from tests.support import jax_child, partitioning, programs
 from tests.support.cases import Case
 from tests.support.partitioning import Split
 
@@ -87,3 +87,50 @@ def test_same_forward_without_the_deterministic_mode(grid):
         for way in ("one_device", "auto")
     )
     assert one == two
+
+
+@pytest.mark.parametrize("way", ["auto", "explicit", "shard_map"])
+def test_same_bits_split_over_batch_and_heads_of_all_devices(way, one_device):
+    """As many as four; of two, both share heads."""
+    count = 4 if len(jax.devices("cuda")) >= 4 else 2
+    assert run(way, (count // 2, 2)) == one_device
+
+
+def test_same_bits_of_a_pmap_over_all_devices(one_device):
+    count = 4 if len(jax.devices("cuda")) >= 4 else 2
+    assert run("pmap", (count, 1)) == one_device
+
+
+CACHE_PROGRAM = """
+import dataclasses
+import jax
+from tests.support import programs
+
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
+for way in programs.WAYS:
+    program, operands, context = programs.build(
+        way, devices=jax.devices("cuda"), grid=(2, 1), implementation="cuda",
+        case=dataclasses.replace(programs.CASE, dtype="bfloat16"),
+    )
+    with context:
+        lowered = program.lower(*operands)
+        events.clear()
+        lowered.compile()(*operands)
+    answer[way] = any(name.endswith("/cache_hits") for name in events)
+"""
+
+
+def test_compilation_cache_hits_in_a_second_process(tmp_path):
+    """For automatic sharding that takes a flag, which tests/unit covers."""
+    first, second = (
+        jax_child.run(
+            CACHE_PROGRAM,
+            JAX_COMPILATION_CACHE_DIR=tmp_path,
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0,
+            JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0,
+        )
+        for _ in range(2)
+    )
+    assert not any(first[way] for way in programs.WAYS)
+    assert all(second[way] for way in programs.WAYS if way != "auto")

@@ -1,5 +1,6 @@
 """Calls whose operands a mesh splits: results against the oracle, and communication."""
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -13,9 +14,10 @@ from jax.sharding import PartitionSpec as Spec
 from tests.support import calls, inputs, oracle
 
 _COLLECTIVE = re.compile(
-    r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
-    r"(?:-start)?\("
+    r" = (?P<types>.*?)\b(?P<kind>all-gather|all-reduce|all-to-all|collective-broadcast"
+    r"|collective-permute|reduce-scatter)(?:-start)?\("
 )
+_SHAPE = re.compile(r"\w\[([\d,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,20 @@ class Split:
 
 def collectives(compiled):
     """Returns the kinds of communication in a compiled program."""
-    return set(_COLLECTIVE.findall(compiled.as_text()))
+    return set(communicated(compiled))
+
+
+def communicated(compiled):
+    """Returns how many elements a compiled program communicates, by kind.
+
+    However XLA joins them to fewer and larger collectives.
+    """
+    elements = collections.Counter()
+    for found in _COLLECTIVE.finditer(compiled.as_text()):
+        shapes = _SHAPE.findall(found["types"])
+        sizes = ([int(n) for n in shape.split(",") if n] for shape in shapes)
+        elements[found["kind"]] += sum(math.prod(size) for size in sizes)
+    return elements
 
 
 def compile_and_run(function, arguments, specs, mesh):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import (
     arrays,
@@ -280,14 +281,21 @@ def test_dispatch_takes_turns_and_leaves_waiting_out():
     calls = {"ours": call("ours", 3000), "empty": call("empty", 2000)}
     taken = dispatch.sample(calls, [0], 4, clock=lambda: now[0], quiet=True)
     assert order[-8:] == ["ours", "empty"] * 4
-    assert dispatch.summarise(taken) == {
+    taken |= dispatch.sample_queued(calls, [0], clock=lambda: now[0])
+    # Of 500 calls in a row one is waited for, which takes 1,000 us.
+    expected = {
         "ours_us": 3.0,
-        "ours_spread": 0.0,
         "empty_us": 2.0,
-        "empty_spread": 0.0,
+        "ours_ready_us": 1003.0,
+        "empty_ready_us": 1002.0,
+        "ours_queued_us": 5.0,
+        "empty_queued_us": 4.0,
         "difference_us": 1.0,
         "ratio": 1.5,
     }
+    summary = dispatch.summarise(taken)
+    assert {name: summary[name] for name in expected} == expected
+    assert {summary[name] for name in summary.keys() - expected.keys()} == {0.0}
 
 
 def test_dispatch_refuses_no_calls(tmp_path, capsys):
@@ -311,31 +319,64 @@ def test_scaling_splits_all_devices(split, count, grid):
     assert scaling.grid_of(split, count) == grid
 
 
-@pytest.mark.parametrize("way", scaling.WAYS)
-def test_scaling_gives_ratios_to_one_device(way, monkeypatch):
+def test_scaling_gives_ratios_to_what_each_device_does_alone(monkeypatch):
     """Each device has one device's work, so equal times are a ratio of 1."""
-    seconds = iter([2.0, 2.0, 4.0])
+    seconds = iter([2.0, 2.0, 4.0, 2.0, 2.0, 4.0])
+    given = []
 
     class Sampler:
-        trips, overhead = 1, 0.0
+        trips, overhead = 7, 0.0
 
-        def __init__(self, program, arguments, *, sample_seconds):
-            program(*arguments)
+        def __init__(self, *unused, **timed):
+            given.append(timed["trips"])
             self._seconds = next(seconds)
 
         def sample(self):
             return self._seconds
 
-    monkeypatch.setattr(timing, "QueuedSampler", Sampler)
+    monkeypatch.setattr(scaling, "sampler", Sampler)
     devices = jax.devices("cpu")
-    grids = {"none": (1, 1), "batch": (4, 1), "both": (2, 2)}
-    meshes = {name: scaling.make_mesh(devices, grid) for name, grid in grids.items()}
-    lines = scaling.measure(TINY, "fwd", meshes, way, 2, 0.01)
-    assert [line["ratio"] for line in lines] == [1.0, 1.0, 0.5]
-    assert [line["devices"] for line in lines] == [1, 4, 4]
-    work = workloads.flops(TINY, "fwd")
-    assert lines[1]["tflops"] == pytest.approx(4 * work / 2.0 / 1e12)
-    assert "| 0.500 |" in scaling.table(lines)
+    meshes = {str(n): scaling.make_mesh(devices[n:], (1, 1)) for n in range(4)}
+    meshes |= {"batch": scaling.make_mesh(devices, (4, 1))}
+    meshes |= {"both": scaling.make_mesh(devices, (2, 2))}
+    lines = scaling.measure(TINY, "fwd", meshes, "jit", 2, 0.01)
+    assert given == [None, 7, 7, 7, 7, 7]
+    assert [line["devices"] for line in lines] == [1, 1, 1, 1, 4, 4]
+    work = workloads.flops(TINY, "fwd") / 1e12
+    rates = pytest.approx([work / 2, work / 2, work / 4, work / 2, 2 * work, work])
+    assert [line["tflops"] for line in lines] == rates
+    # Alone they do 7 / 4 of the work per second, the slowest 1 / 4.
+    expected = pytest.approx([1, 1, 1, 1, 8 / 7, 4 / 7])
+    assert [line["ratio"] for line in lines] == expected
+    expected = pytest.approx([1, 1, 1, 1, 2, 1])
+    assert [line["ratio_to_slowest"] for line in lines] == expected
+    assert "| 0.571 | 1.000 |" in scaling.table(lines)
+
+
+@pytest.mark.parametrize("way", scaling.WAYS)
+@pytest.mark.parametrize("mode", scaling.MODES)
+def test_scaling_loops_on_every_device_without_communication(mode, way):
+    attend = contenders()["ours"].build(TINY)
+    mesh = scaling.make_mesh(jax.devices("cpu"), (2, 2))
+    found = scaling.sampler(attend, TINY, mode, mesh, way, sample_seconds=1e-3)
+    assert found.sample() > 0
+    assert scaling.communication(found.program) == set()
+    assert "while(" in found.program.as_text()
+
+
+def test_scaling_measures_each_device_alone_first():
+    whole = dataclasses.replace(TINY, heads=8, heads_k=8)
+    meshes = scaling._meshes([2, 4], whole)
+    assert [mesh.devices.shape for mesh in meshes.values()] == [
+        *[(1, 1)] * 4,
+        (2, 1),
+        (1, 2),
+        (4, 1),
+        (1, 4),
+        (2, 2),
+    ]
+    alone = [mesh.devices.item() for mesh in list(meshes.values())[:4]]
+    assert alone == jax.devices()[:4]
 
 
 def test_scaling_stops_where_a_program_communicates():
@@ -344,7 +385,7 @@ def test_scaling_stops_where_a_program_communicates():
 
     mesh = scaling.make_mesh(jax.devices("cpu"), (2, 2))
     with pytest.raises(RuntimeError, match="all-reduce"):
-        scaling.sampler(attend, TINY, "fwd", mesh, "jit", 0.01)
+        scaling.sampler(attend, TINY, "fwd", mesh, "jit", trips=2)
 
 
 def test_scaling_refuses_devices_that_are_not_there(capsys, tmp_path):
@@ -354,14 +395,22 @@ def test_scaling_refuses_devices_that_are_not_there(capsys, tmp_path):
     assert not out.exists()
 
 
-def test_queued_sampler_settles_its_calls():
-    calls = []
+def test_loop_over_a_mesh_feeds_each_part():
+    mesh = scaling.make_mesh(jax.devices("cpu"), (2, 2))
+    sharding = NamedSharding(mesh, PartitionSpec("batch", "heads"))
+    first = jax.device_put(jnp.zeros((4, 6)), sharding)
+    stepped = timing.loop(lambda first: first + 0.25, 3, sharding)(first)
+    expected = np.zeros((4, 6))
+    expected[::2, ::3] = 0.75
+    np.testing.assert_array_equal(stepped, expected)
+    assert stepped.sharding == sharding
 
-    def program(x):
-        calls.append(x)
-        return jnp.zeros(())
 
-    sampler = timing.QueuedSampler(program, (3,), sample_seconds=1e-3)
-    before = len(calls)
-    assert sampler.sample() > 0
-    assert len(calls) - before == sampler.trips >= 2
+def test_mesh_sampler_settles_its_calls():
+    mesh = scaling.make_mesh(jax.devices("cpu"), (1, 1))
+    sharding = NamedSharding(mesh, PartitionSpec("batch"))
+    first = jax.device_put(jnp.zeros((2, 2)), sharding)
+    settled = timing.MeshSampler(jnp.cos, [first], sample_seconds=1e-4)
+    assert settled.trips >= 2
+    assert timing.MeshSampler(jnp.cos, [first], trips=5).trips == 5
+    assert settled.sample() > 0

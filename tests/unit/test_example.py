@@ -18,7 +18,7 @@ import train_sharded
 from byte_gpt import Config
 from jax.sharding import PartitionSpec as Spec
 
-from tests.support import partitioning
+from tests.support import training
 
 TINY = Config(1, 2, 8, 16, 4, 12, 1e-2, jnp.float32)
 SPLIT = dataclasses.replace(TINY, batch=8, steps=4)
@@ -35,7 +35,7 @@ def fast_compile():
 
 @pytest.fixture(scope="module")
 def text():
-    return np.frombuffer(b"for byte in text: print(byte)\n" * 40, np.uint8)
+    return training.TEXT
 
 
 def test_loss_falls_and_the_model_writes(text):
@@ -105,15 +105,18 @@ def test_many_devices_train_as_one_does(text):
     assert one[0][-1] < one[0][0]
 
 
-def test_step_only_sums_over_devices(text):
-    """Heads are shared out, moments too; nothing is gathered."""
-    program = train_sharded.build(SPLIT, make_mesh(4, 2))
-    batch = train_sharded.place(next(byte_gpt.batches(text, SPLIT, 0)), program.mesh)
-    step = program.step.lower(program.state, batch, jax.random.key(0))
-    assert partitioning.collectives(step.compile()) == {"all-reduce"}
+@pytest.mark.parametrize("model_parallel", [1, 2])
+def test_attention_of_a_step_communicates_nothing(model_parallel, monkeypatch):
+    """A step sums over devices what it sums without attention; nothing is gathered."""
+    mesh = make_mesh(4, model_parallel)
+    training.check_attention_adds_no_communication(SPLIT, mesh, monkeypatch)
+
+
+def test_heads_of_weights_and_moments_are_shared_out():
+    state = train_sharded.build(SPLIT, make_mesh(4, 2)).state
     split = [
         leaf.sharding.spec
-        for path, leaf in jax.tree_util.tree_leaves_with_path(program.state)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
         if "qkv" in jax.tree_util.keystr(path)
     ]
     # The weight of each layer and its two moments.
@@ -126,7 +129,7 @@ def test_scaling_is_tabled_and_plotted(text, tmp_path, monkeypatch):
         train_sharded, "steps_per_second", lambda config, mesh, text: 10 / mesh.size
     )
     meshes = [make_mesh(count, 2) for count in (1, 2, 4)]
-    rates = train_sharded.measure_scaling(TINY, meshes, text)
+    rates = train_sharded.measure_scaling(TINY, meshes, text, tmp_path)
     tokens = TINY.batch * TINY.seqlen
     assert [(rate.devices, rate.tokens_per_s, rate.ratio) for rate in rates] == [
         (1, 10 * tokens, 1.0),
@@ -134,7 +137,6 @@ def test_scaling_is_tabled_and_plotted(text, tmp_path, monkeypatch):
         (4, 5 * tokens, 0.125),
     ]
     assert len(train_sharded.scaling_table(rates).splitlines()) == 5
-    train_sharded.write_scaling(rates, tmp_path)
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "scaling.csv").read_text().splitlines()) == 4
 

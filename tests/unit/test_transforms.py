@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_flash_attn
 from jax_flash_attn import reference
-from tests.support import calls, closeness, inputs, oracle, transforms
+from tests.support import calls, closeness, inputs, oracle, partitioning, transforms
 from tests.support.cases import Case
 
 CHECKS = transforms.Checks("auto", "float32")
@@ -155,7 +155,7 @@ BATCH, WHOLE = PartitionSpec("batch"), PartitionSpec()
 
 
 def run_sharded(arrays, spec_kv, gradients_inside):
-    """Returns the gradients of q, k and v of a loss computed under shard_map."""
+    """Returns a loss's gradients of q, k and v under shard_map, and the collectives."""
     mesh = jax.make_mesh(
         (NUM_DEVICES,), ("batch",), (AxisType.Auto,), devices=jax.devices("cpu")
     )
@@ -176,7 +176,10 @@ def run_sharded(arrays, spec_kv, gradients_inside):
         else gradient(share(local_loss, out_specs=WHOLE))
     )
     run = jax.jit(run, compiler_options=calls.FAST_COMPILE)
-    return run(*(arrays[name] for name in names))
+    operands = [arrays[name] for name in names]
+    compiled = run.lower(*operands).compile()
+    placed = jax.device_put(operands, [NamedSharding(mesh, spec) for spec in specs])
+    return compiled(*placed), partitioning.collectives(compiled)
 
 
 @pytest.mark.parametrize("gradients_inside", [True, False], ids=["inside", "outside"])
@@ -190,7 +193,9 @@ def test_gradients_under_shard_map(spec_kv, gradients_inside):
         for name in ("k", "v"):
             arrays[name] = arrays[name][:2]
             full[name] = jnp.tile(arrays[name], (NUM_DEVICES, 1, 1, 1))
-    gradients = run_sharded(arrays, spec_kv, gradients_inside)
+    gradients, found = run_sharded(arrays, spec_kv, gradients_inside)
+    # The loss is summed, too, but nobody asks for it.
+    assert found == ({"all-reduce"} if spec_kv == WHOLE else set())
     arguments = (
         inputs.primitive_operands(SHARDED, full),
         full["dout"],
