@@ -161,9 +161,18 @@ class JaxNN(Contender):
 
     features = frozenset({"window", "alibi", "gqa"})
 
-    def __init__(self, name: str, implementation: Literal["xla", "cudnn"]):
+    def __init__(
+        self,
+        name: str,
+        implementation: Literal["xla", "cudnn"],
+        *,
+        widened: bool = False,
+    ):
         super().__init__(name)
         self.implementation: Literal["xla", "cudnn"] = implementation
+        self.widened = widened
+        """Whether all but q, k, v, out and their gradients is float32."""
+        self.by_default = not widened
 
     def available(self) -> str | None:
         """Returns why the contender cannot run here, or None."""
@@ -174,6 +183,9 @@ class JaxNN(Contender):
         window = _window_or_none(workload)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            dtype = q.dtype
+            if self.widened:
+                q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
             return jax.nn.dot_product_attention(
                 q,
                 k,
@@ -182,7 +194,7 @@ class JaxNN(Contender):
                 is_causal=workload.causal,
                 local_window_size=window,
                 implementation=self.implementation,
-            )
+            ).astype(dtype)
 
         return attend
 
@@ -409,6 +421,7 @@ def contenders() -> dict[str, Contender]:
         Ours("ours-sm80", forced={"forward": "sm80", "backward": "sm80"}),
         JaxNN("jax-cudnn", "cudnn"),
         JaxNN("jax-xla", "xla"),
+        JaxNN("jax-xla-float32", "xla", widened=True),
         JaxXlaDropout("jax-xla-dropout"),
         FlaxLinen("flax"),
         FlashMha("dew-fa3", "dew_flash_attn", "dew-flash-attn-cu13", {64, 128, 256}),

@@ -81,11 +81,15 @@ def test_lra_compares_accuracies_of_one_seed(tmp_path):
 @pytest.mark.long
 def test_curves_of_ours_and_of_exact_attention_agree(tmp_path):
     lines = run("curves", tmp_path)
-    (difference,) = (x for x in lines if x["kind"] == "difference")
     curves = headline_report.curves_of(lines)
+    assert list(curves) == ["ours", "jax-xla", "jax-xla-float32"]
     assert {len(losses) for losses in curves.values()} == {6}
     assert curves["ours"][0] == pytest.approx(np.log(256), rel=0.1)
-    assert 0 <= difference["largest_relative"] < 0.01
+    found = {x["contender"]: x for x in lines if x["kind"] == "difference"}
+    assert found.keys() == {"ours", "jax-xla-float32"}
+    assert 0 <= found["ours"]["largest_relative"] < 0.01
+    left_out = {x["contender"] for x in lines if x["kind"] == "left_out"}
+    assert left_out == {"jax-cudnn", "dew-fa3"}
 
 
 def test_memory_is_measured_by_length(tmp_path, monkeypatch):
@@ -248,8 +252,42 @@ def test_difference_of_curves_is_of_their_means():
     first, second = np.full(120, 1.02), np.full(120, 1.0)
     first[::2] += 0.5
     first[1::2] -= 0.5
-    found = {"ours": first, "jax-xla": second[:110]}
-    assert headline_report.largest_difference(found) == pytest.approx(0.02)
+    difference = headline_report.largest_difference(first, second[:110])
+    assert difference == pytest.approx(0.02)
+
+
+def test_curves_of_controls_stand_beside_ours():
+    exact = np.full(60, 2.0)
+    parting = exact.copy()
+    parting[7:] = 2.01
+    curves = {"ours": exact * 0.99, "jax-xla": exact, "a": parting, "b": exact * 1.03}
+    table = headline_report.curves_table(curves).splitlines()
+    assert table[4:8] == [
+        "| ours | 1.9800 | 1.000% | -1.000% | 0 |",
+        "| jax-xla | 2.0000 |  |  |  |",
+        "| a | 2.0100 | 0.500% | +0.500% | 7 |",
+        "| b | 2.0600 | 3.000% | +3.000% | 0 |",
+    ]
+    assert table[-1].endswith("two without ours: 3.000%")
+
+
+def test_report_shows_a_control_that_failed(tmp_path, capsys, monkeypatch):
+    """It does not end a run, and the others go on."""
+    started = []
+
+    def train(trainer, seed):
+        started.append(trainer)
+        if len(started) == 3:
+            raise RuntimeError("RESOURCE_EXHAUSTED: too large")
+        yield None, [2.0] * 6
+
+    monkeypatch.setattr(training.Trainer, "run", train)
+    lines = run("curves", tmp_path)
+    assert set(headline_report.curves_of(lines)) == {"ours", "jax-xla"}
+    reason = "- jax-xla-float32: out of memory: RuntimeError: RESOURCE_EXHAUSTED"
+    assert reason in capsys.readouterr().out
+    assert headline_report.main([str(tmp_path / "run.jsonl")]) == 0
+    assert reason in capsys.readouterr().out
 
 
 def test_report_counts_the_samples_of_a_run_that_ended_early(tmp_path, capsys):
