@@ -29,6 +29,8 @@ _MIB, _GIB = 2**20, 2**30
 _DPI = 150
 _WINDOW = 50
 """Steps over which a loss curve is averaged before two are compared."""
+_DROPPING = "jax-xla-dropout"
+"""Exact attention where attention drops: `results.EXACT` has no dropout."""
 _APART = 1e-3
 """Relative difference of one step's losses from which two runs count as apart."""
 
@@ -108,6 +110,33 @@ def steps_table(lines: Lines) -> str:
     return results.markdown(header, body)
 
 
+def factors(lines: Lines) -> str:
+    """Returns how much faster ours is than exact attention, and what bounds it.
+
+    A step in which attention costs nothing is the fastest that any attention can make
+    it: what separates the whole step's factor from the attention part's is all the
+    rest, the same for both.
+    """
+    found = []
+    for (model, seqlen, dropout_p), group in _groups(lines).items():
+        seconds = {n: x["seconds"] for n, x in group.items() if x["status"] == "ok"}
+        exact = next((n for n in (results.EXACT, _DROPPING) if n in seconds), None)
+        if exact is None or not {results.OURS, WITHOUT} <= seconds.keys():
+            continue
+        ours, floor = seconds[results.OURS], seconds[WITHOUT]
+        theirs = seconds[exact]
+        if ours <= floor:
+            continue  # too small an attention part to be told from noise
+        found.append(
+            f"- {model}, S={seqlen}, dropout {dropout_p:g}: ours is "
+            f"{theirs / ours:.2f} times {exact}; attention alone "
+            f"{(theirs - floor) / (ours - floor):.2f} times, {1 - floor / ours:.0%} of "
+            f"our step and {1 - floor / theirs:.0%} of {exact}'s; without any "
+            f"attention {theirs / floor:.2f} times"
+        )
+    return "\n".join(found)
+
+
 def refusals(lines: Lines) -> str:
     """Returns the reasons of all that has no figure."""
     reasons = {
@@ -119,12 +148,18 @@ def refusals(lines: Lines) -> str:
 
 
 def accuracy_table(lines: Lines) -> str:
-    """Returns held-out accuracies over the seeds as a Markdown table."""
+    """Returns held-out accuracies over the seeds as a Markdown table.
+
+    Beside them stands what guessing the commonest label would score.
+    """
     found: dict[tuple[str, str], list[float]] = {}
+    guessing: dict[str, float] = {}
     for line in lines:
         if line["kind"] == "accuracy":
             key = line["model"], line["contender"]
             found.setdefault(key, []).append(line["accuracy"])
+            if "guessing" in line:
+                guessing[line["model"]] = line["guessing"]
     body = [
         [
             model,
@@ -132,10 +167,12 @@ def accuracy_table(lines: Lines) -> str:
             f"{np.mean(values):.3f}",
             f"{np.std(values):.3f}",
             str(len(values)),
+            f"{guessing[model]:.3f}" if model in guessing else "",
         ]
         for (model, name), values in found.items()
     ]
     header = ["task", "attention", "accuracy", "deviation over seeds", "seeds"]
+    header.append("by guessing")
     return results.markdown(header, body) if body else ""
 
 
@@ -301,7 +338,8 @@ def _report(path: Path) -> None:
     measured = [line for line in lines if line["kind"] == "memory"]
     curves = curves_of(lines)
     refused = [x for x in lines if x["kind"] == "left_out"]
-    texts = [steps_table(steps) if steps else "", refusals([*steps, *refused])]
+    texts = [steps_table(steps) if steps else "", factors(steps)]
+    texts.append(refusals([*steps, *refused]))
     texts += [accuracy_table(lines), memory_table(measured) if measured else ""]
     texts.append(curves_table(curves) if results.EXACT in curves else "")
     print("\n\n".join([f"# {path}", *filter(None, texts)]), end="\n\n")

@@ -92,6 +92,7 @@ _LISTOPS = dataclasses.replace(
     layers=6,
     width=512,
     heads=8,
+    seqlen=2048,
     vocab=tasks.LISTOPS_VOCAB,
     mlp_width=2048,
     num_classes=10,
@@ -198,6 +199,7 @@ def _speed(run: Run, architectures: Sequence[Architecture], batch: int) -> None:
 
 def _print_steps(run: Run, lines: headline_report.Lines) -> None:
     print(f"\n{headline_report.steps_table(lines)}")
+    print(f"\n{headline_report.factors(lines)}")
     _print_refusals(lines)
     headline_report.plot_steps(lines, run.plot_path())
 
@@ -220,22 +222,26 @@ def gpt2(run: Run) -> None:
 
 
 def lra(run: Run) -> None:
-    """Speed and memory by length, and accuracy over seeds, of one task."""
-    architecture, _ = _LRA[run.options.task]
+    """Speed and memory by length, and accuracy over seeds, of each task."""
+    chosen = [run.options.task] if run.options.task else list(_LRA)
     lines: list[dict[str, Any]] = []
     speed = run.speed()
-    for seqlen in run.lengths(_LRA_LENGTHS, (32,)):
-        sized = dataclasses.replace(run.sized(architecture), seqlen=seqlen)
-        size = run.options.batch or run.or_tiny(_LRA_TOKENS // seqlen, 2)
-        lines += speed.measure(sized, size, (0.0,), run.names)
+    for task in chosen:
+        architecture, _ = _LRA[task]
+        for seqlen in run.lengths(_LRA_LENGTHS, (32,)):
+            sized = dataclasses.replace(run.sized(architecture), seqlen=seqlen)
+            size = run.options.batch or run.or_tiny(_LRA_TOKENS // seqlen, 2)
+            lines += speed.measure(sized, size, (0.0,), run.names)
     if lines:
         _print_steps(run, lines)
     if run.options.seeds:
-        _accuracy(run)
+        found = [line for task in chosen for line in _accuracy(run, *_LRA[task])]
+        print(f"\n{headline_report.accuracy_table(found)}")
 
 
-def _accuracy(run: Run) -> None:
-    architecture, make_task = _LRA[run.options.task]
+def _accuracy(
+    run: Run, architecture: Architecture, make_task: Callable[..., tasks.Task]
+) -> list[dict[str, Any]]:
     architecture = run.sized(architecture)
     size = run.options.batch or run.or_tiny(_ACCURACY_BATCH, 8)
     counts = run.or_tiny(4096, 64), run.or_tiny(1024, 32)
@@ -255,13 +261,14 @@ def _accuracy(run: Run) -> None:
             seconds = time.perf_counter() - started
             fields = {"model": architecture.name, "contender": name, "seed": seed}
             fields |= {"steps": steps, "accuracy": share, "loss": losses[-1]}
+            fields["guessing"] = task.held_out.commonest()
             run.log.write("accuracy", **fields, seconds=seconds)
             lines.append({"kind": "accuracy", **fields})
             run.say(
                 f"{architecture.name}, {name}, seed {seed}: accuracy {share:.3f}, "
                 f"loss {losses[-1]:.4f}, {seconds:.1f} s"
             )
-    print(f"\n{headline_report.accuracy_table(lines)}")
+    return lines
 
 
 def _trainers(
@@ -391,7 +398,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="of training; default: the command's")
     add("--seeds", type=int, default=3, help="of lra's accuracy; default: %(default)s")
     add("--lengths", help="of lra's speed ('' for none) and of memory, with commas")
-    add("--task", choices=_LRA, default="text", help="of lra; default: %(default)s")
+    add("--task", choices=_LRA, help="of lra; default: both")
     add("--model", choices=[a.name for a in GPT2], help="of gpt2; default: both")
     add("--out", type=Path, help="default: headlines_COMMAND.jsonl")
     add("--unchecked", action="store_true", help="time without comparing results")

@@ -79,6 +79,16 @@ def test_lra_compares_accuracies_of_one_seed(tmp_path):
 
 
 @pytest.mark.long
+def test_lra_runs_both_tasks_unless_one_is_named(tmp_path, capsys):
+    lines = run("lra", tmp_path, "--seeds=1", "--contenders=ours,jax-xla")
+    for kind in ("step", "accuracy"):
+        assert {x["model"] for x in lines if x["kind"] == kind} == {"text", "listops"}
+    printed = capsys.readouterr().out
+    assert "- listops, S=32, dropout 0: ours is " in printed
+    assert "| text | jax-xla |" in printed
+
+
+@pytest.mark.long
 def test_curves_of_ours_and_of_exact_attention_agree(tmp_path):
     lines = run("curves", tmp_path)
     curves = headline_report.curves_of(lines)
@@ -211,9 +221,21 @@ def test_listops_follow_the_grammar():
     assert 50 < len(kept) < 200
     assert max(map(len, kept)) <= 200
     assert {tasks.evaluate(expression) for expression in kept} == set(range(10))
+    deepest = 0
     for expression in kept:
-        operators = sum(11 <= token < 15 for token in expression)
-        assert operators == expression.count(tasks.CLOSE)
+        opened = [11 <= token < 15 for token in expression]
+        closed = [token == tasks.CLOSE for token in expression]
+        assert sum(opened) == sum(closed)
+        deepest = max(deepest, *(np.cumsum(opened) - np.cumsum(closed)))
+    # An expression's digits are the tenth level.
+    assert deepest == 9
+
+
+def test_listops_have_the_lengths_of_the_arena():
+    assert headlines._LISTOPS.seqlen == 2048
+    task = tasks.listops_task(2048, 30, 10)
+    rows = [*task.training.tokens, *task.held_out.tokens]
+    assert all(500 <= np.count_nonzero(row) <= 2000 for row in rows)
 
 
 @pytest.mark.parametrize("make", [tasks.text_task, tasks.listops_task])
@@ -246,6 +268,29 @@ def test_table_tells_attentions_share_and_its_own_factor():
         exact == "| m | 8 | 0 | jax-xla | 1 | 1.0% | 60% | 1 | 2.0000 | 2.00 | 6.00 |"
     )
     assert without.endswith("|  | 1 | 2.0000 | 0.80 |  |")
+    assert headline_report.factors(lines) == (
+        "- m, S=8, dropout 0: ours is 2.00 times jax-xla; attention alone 6.00 times, "
+        "20% of our step and 60% of jax-xla's; without any attention 2.50 times"
+    )
+
+
+@pytest.mark.parametrize("missing", [results.OURS, "jax-xla", training.WITHOUT])
+def test_factors_need_all_three_steps(missing):
+    names = {results.OURS, "jax-xla", training.WITHOUT} - {missing}
+    refused = {**step_line(missing, None), "status": "error"}
+    assert not headline_report.factors([*(step_line(n, 1.0) for n in names), refused])
+
+
+def test_accuracies_stand_beside_guessing():
+    lines = [
+        {"kind": "accuracy", "model": "m", "contender": "ours", "accuracy": accuracy}
+        for accuracy in (0.25, 0.5)
+    ]
+    lines[1]["guessing"] = 0.125
+    table = headline_report.accuracy_table(lines).splitlines()
+    assert table[2:] == ["| m | ours | 0.375 | 0.125 | 2 | 0.125 |"]
+    labels = np.array([3, 1, 3, 0])
+    assert tasks.Split(np.zeros((4, 2)), labels).commonest() == 0.5
 
 
 def test_difference_of_curves_is_of_their_means():
