@@ -247,6 +247,44 @@ class JaxXlaDropout(Contender):
         return attend
 
 
+class JaxCudnnDropout(Contender):
+    """cuDNN with its own dropout, by the function that jax.nn calls.
+
+    It is not public: jax.nn's has no dropout. Its seed is a constant of the program,
+    so that every layer and step draws the same mask: enough to be timed.
+    """
+
+    module = "jax._src.cudnn.fused_attention_stablehlo"
+    features = frozenset({"dropout"})
+    by_default = False
+
+    def supports(self, workload: Workload, mode: Mode) -> str | None:
+        """Returns why the contender cannot compute a workload, or None."""
+        if workload.dropout_p == 0:
+            return "is jax-cudnn without dropout"
+        return super().supports(workload, mode)
+
+    def build(self, workload: Workload) -> Attention:
+        """Returns cuDNN's attention with the workload's options bound."""
+        cudnn = importlib.import_module(self.module)
+
+        def attend(
+            q: jax.Array, k: jax.Array, v: jax.Array, dropout_rng: Any = None
+        ) -> jax.Array:
+            masks = cudnn.MaskType
+            return cudnn.dot_product_attention(
+                q,
+                k,
+                v,
+                scale=workload.head_dim**-0.5,
+                mask_type=masks.CAUSAL if workload.causal else masks.NO_MASK,
+                seed=DROPOUT_SEED,
+                dropout_rate=workload.dropout_p,
+            )
+
+        return attend
+
+
 _PRODUCTS = {
     "bfloat16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
     "float16": jax.lax.DotAlgorithmPreset.F16_F16_F32,
@@ -423,6 +461,7 @@ def contenders() -> dict[str, Contender]:
         JaxNN("jax-xla", "xla"),
         JaxNN("jax-xla-float32", "xla", widened=True),
         JaxXlaDropout("jax-xla-dropout"),
+        JaxCudnnDropout("jax-cudnn-dropout"),
         FlaxLinen("flax"),
         FlashMha("dew-fa3", "dew_flash_attn", "dew-flash-attn-cu13", {64, 128, 256}),
         FlashMha("flash-attn3-jax", "flash_attn3_jax", "flash-attn3-jax", {128}),

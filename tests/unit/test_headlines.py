@@ -1,6 +1,7 @@
 """The headline benchmarks: their data and arithmetic, and tiny runs of each command."""
 
 import dataclasses
+import importlib
 import json
 import random
 
@@ -14,6 +15,7 @@ from benchmarks import (
     headline_report,
     headlines,
     memory,
+    modes,
     results,
     tasks,
     timing,
@@ -177,6 +179,23 @@ def test_plain_contenders_compute_attention(name):
         wide = (np.asarray(x, np.float64) for x in (q, k, v))
         exact = calls.jit(contenders()["jax-xla"].build(workload))(*wide)
     closeness.assert_close_to_oracle(calls.jit(attend)(q, k, v), exact, naive)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_cudnn_is_asked_to_drop_forward_and_backward(monkeypatch, causal):
+    contender = contenders()["jax-cudnn-dropout"]
+    cudnn = importlib.import_module(contender.module)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
+    workload = Workload("tiny", 2, 64, 2, 2, 64, causal=causal, dropout_p=0.25)
+    assert contender.supports(workload, "both") is None
+    step = modes.forward_and_backward(contender.build(workload))
+    x = jax.ShapeDtypeStruct(workload.q_shape, jnp.bfloat16)
+    lowered = jax.jit(step).trace(x, x, x, x).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    for target in ("fmhaSoftmaxDropout", "fmhaSoftmaxDropoutBackward"):
+        assert f"__cudnn${target}(" in text
+    assert text.count(r"\22dropout_rate\22: 0.25") == 2
+    assert (r"\22mask_type\22: \22CAUSAL" in text) == causal
 
 
 def test_state_sampler_runs_the_step_as_often_as_it_says():
