@@ -323,6 +323,8 @@ def curves(run: Run) -> None:
     architecture = run.sized(_BYTE_GPT)
     size = run.options.batch or run.or_tiny(_CURVE_BATCH, 2)
     steps = run.options.steps or run.or_tiny(1000, 6)
+    settings = {"batch": size, "steps": steps, "learning_rate": _CURVE_RATE}
+    run.log.write("training", **settings, model=dataclasses.asdict(architecture))
     names, refused = _trainable(run, architecture.attention(size, dropout_p=0.0))
     trainers = _trainers(
         names, architecture, tasks.source_text(), size, steps, _CURVE_RATE

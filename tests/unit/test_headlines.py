@@ -100,6 +100,9 @@ def test_curves_of_ours_and_of_exact_attention_agree(tmp_path):
     found = {x["contender"]: x for x in lines if x["kind"] == "difference"}
     assert found.keys() == {"ours", "jax-xla-float32"}
     assert 0 <= found["ours"]["largest_relative"] < 0.01
+    (settings,) = (x for x in lines if x["kind"] == "training")
+    assert (settings["batch"], settings["steps"]) == (2, 6)
+    assert settings["model"]["name"] == "byte_gpt"
     left_out = {x["contender"] for x in lines if x["kind"] == "left_out"}
     assert left_out == {"jax-cudnn", "dew-fa3"}
 
