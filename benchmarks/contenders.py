@@ -161,9 +161,18 @@ class JaxNN(Contender):
 
     features = frozenset({"window", "alibi", "gqa"})
 
-    def __init__(self, name: str, implementation: Literal["xla", "cudnn"]):
+    def __init__(
+        self,
+        name: str,
+        implementation: Literal["xla", "cudnn"],
+        *,
+        widened: bool = False,
+    ):
         super().__init__(name)
         self.implementation: Literal["xla", "cudnn"] = implementation
+        self.widened = widened
+        """Whether all but q, k, v, out and their gradients is float32."""
+        self.by_default = not widened
 
     def available(self) -> str | None:
         """Returns why the contender cannot run here, or None."""
@@ -174,6 +183,9 @@ class JaxNN(Contender):
         window = _window_or_none(workload)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            dtype = q.dtype
+            if self.widened:
+                q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
             return jax.nn.dot_product_attention(
                 q,
                 k,
@@ -182,7 +194,7 @@ class JaxNN(Contender):
                 is_causal=workload.causal,
                 local_window_size=window,
                 implementation=self.implementation,
-            )
+            ).astype(dtype)
 
         return attend
 
@@ -231,6 +243,44 @@ class JaxXlaDropout(Contender):
                 keep = jax.random.bernoulli(dropout_rng, keep_p, probs.shape)
                 probs = jnp.where(keep, probs / keep_p, 0).astype(v.dtype)
             return jnp.einsum("bhqk,bkhd->bqhd", probs, v)
+
+        return attend
+
+
+class JaxCudnnDropout(Contender):
+    """cuDNN with its own dropout, by the function that jax.nn calls.
+
+    It is not public: jax.nn's has no dropout. Its seed is a constant of the program,
+    so that every layer and step draws the same mask: enough to be timed.
+    """
+
+    module = "jax._src.cudnn.fused_attention_stablehlo"
+    features = frozenset({"dropout"})
+    by_default = False
+
+    def supports(self, workload: Workload, mode: Mode) -> str | None:
+        """Returns why the contender cannot compute a workload, or None."""
+        if workload.dropout_p == 0:
+            return "is jax-cudnn without dropout"
+        return super().supports(workload, mode)
+
+    def build(self, workload: Workload) -> Attention:
+        """Returns cuDNN's attention with the workload's options bound."""
+        cudnn = importlib.import_module(self.module)
+
+        def attend(
+            q: jax.Array, k: jax.Array, v: jax.Array, dropout_rng: Any = None
+        ) -> jax.Array:
+            masks = cudnn.MaskType
+            return cudnn.dot_product_attention(
+                q,
+                k,
+                v,
+                scale=workload.head_dim**-0.5,
+                mask_type=masks.CAUSAL if workload.causal else masks.NO_MASK,
+                seed=DROPOUT_SEED,
+                dropout_rate=workload.dropout_p,
+            )
 
         return attend
 
@@ -409,7 +459,9 @@ def contenders() -> dict[str, Contender]:
         Ours("ours-sm80", forced={"forward": "sm80", "backward": "sm80"}),
         JaxNN("jax-cudnn", "cudnn"),
         JaxNN("jax-xla", "xla"),
+        JaxNN("jax-xla-float32", "xla", widened=True),
         JaxXlaDropout("jax-xla-dropout"),
+        JaxCudnnDropout("jax-cudnn-dropout"),
         FlaxLinen("flax"),
         FlashMha("dew-fa3", "dew_flash_attn", "dew-flash-attn-cu13", {64, 128, 256}),
         FlashMha("flash-attn3-jax", "flash_attn3_jax", "flash-attn3-jax", {128}),

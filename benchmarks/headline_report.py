@@ -7,6 +7,7 @@ that were taken.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,10 @@ _MIB, _GIB = 2**20, 2**30
 _DPI = 150
 _WINDOW = 50
 """Steps over which a loss curve is averaged before two are compared."""
+_DROPPING = "jax-xla-dropout"
+"""Exact attention where attention drops: `results.EXACT` has no dropout."""
+_APART = 1e-3
+"""Relative difference of one step's losses from which two runs count as apart."""
 
 
 _Key = tuple[str, int, float]
@@ -105,6 +110,33 @@ def steps_table(lines: Lines) -> str:
     return results.markdown(header, body)
 
 
+def factors(lines: Lines) -> str:
+    """Returns how much faster ours is than exact attention, and what bounds it.
+
+    A step in which attention costs nothing is the fastest that any attention can make
+    it: what separates the whole step's factor from the attention part's is all the
+    rest, the same for both.
+    """
+    found = []
+    for (model, seqlen, dropout_p), group in _groups(lines).items():
+        seconds = {n: x["seconds"] for n, x in group.items() if x["status"] == "ok"}
+        exact = next((n for n in (results.EXACT, _DROPPING) if n in seconds), None)
+        if exact is None or not {results.OURS, WITHOUT} <= seconds.keys():
+            continue
+        ours, floor = seconds[results.OURS], seconds[WITHOUT]
+        theirs = seconds[exact]
+        if ours <= floor:
+            continue  # too small an attention part to be told from noise
+        found.append(
+            f"- {model}, S={seqlen}, dropout {dropout_p:g}: ours is "
+            f"{theirs / ours:.2f} times {exact}; attention alone "
+            f"{(theirs - floor) / (ours - floor):.2f} times, {1 - floor / ours:.0%} of "
+            f"our step and {1 - floor / theirs:.0%} of {exact}'s; without any "
+            f"attention {theirs / floor:.2f} times"
+        )
+    return "\n".join(found)
+
+
 def refusals(lines: Lines) -> str:
     """Returns the reasons of all that has no figure."""
     reasons = {
@@ -116,12 +148,18 @@ def refusals(lines: Lines) -> str:
 
 
 def accuracy_table(lines: Lines) -> str:
-    """Returns held-out accuracies over the seeds as a Markdown table."""
+    """Returns held-out accuracies over the seeds as a Markdown table.
+
+    Beside them stands what guessing the commonest label would score.
+    """
     found: dict[tuple[str, str], list[float]] = {}
+    guessing: dict[str, float] = {}
     for line in lines:
         if line["kind"] == "accuracy":
             key = line["model"], line["contender"]
             found.setdefault(key, []).append(line["accuracy"])
+            if "guessing" in line:
+                guessing[line["model"]] = line["guessing"]
     body = [
         [
             model,
@@ -129,10 +167,12 @@ def accuracy_table(lines: Lines) -> str:
             f"{np.mean(values):.3f}",
             f"{np.std(values):.3f}",
             str(len(values)),
+            f"{guessing[model]:.3f}" if model in guessing else "",
         ]
         for (model, name), values in found.items()
     ]
     header = ["task", "attention", "accuracy", "deviation over seeds", "seeds"]
+    header.append("by guessing")
     return results.markdown(header, body) if body else ""
 
 
@@ -152,26 +192,58 @@ def curves_of(lines: Lines) -> dict[str, list[float]]:
     return found
 
 
-def largest_difference(curves: Mapping[str, Sequence[float]]) -> float:
-    """Returns the largest relative difference of two smoothed loss curves.
+def differences(curve: Sequence[float], exact: Sequence[float]) -> np.ndarray:
+    """Returns the relative differences of two smoothed loss curves, step by step.
 
     Where one is longer, its further steps are left out.
     """
-    a, b = curves.values()
-    shared = min(len(a), len(b))
-    a, b = smoothed(a[:shared]), smoothed(b[:shared])
-    return float(np.max(np.abs(a - b) / b))
+    shared = min(len(curve), len(exact))
+    ours, theirs = smoothed(curve[:shared]), smoothed(exact[:shared])
+    return (ours - theirs) / theirs
 
 
-def curves_summary(curves: Mapping[str, Sequence[float]]) -> str:
-    """Returns what two loss curves end at and how far apart they ever are."""
-    last = ", ".join(f"{name}: {smoothed(x)[-1]:.4f}" for name, x in curves.items())
-    steps = min(map(len, curves.values()))
-    difference = largest_difference(curves)
-    return (
-        f"smoothed loss after {steps} steps: {last}\n"
-        f"largest relative difference of the smoothed losses: {difference:.3%}"
-    )
+def largest_difference(curve: Sequence[float], exact: Sequence[float]) -> float:
+    """Returns the largest relative difference of two smoothed loss curves."""
+    return float(np.max(np.abs(differences(curve, exact))))
+
+
+def curves_table(curves: Mapping[str, Sequence[float]]) -> str:
+    """Returns where loss curves end and how far from exact attention's they ever are.
+
+    Training amplifies any rounding until two runs are apart, so that one difference
+    tells nothing: beside ours stand attentions that round as well as ours, and below
+    what separates any two of those, exact attention among them.
+    """
+    exact = curves[results.EXACT]
+    body = []
+    for name, losses in curves.items():
+        cells = [name, f"{smoothed(losses)[-1]:.4f}"]
+        if name != results.EXACT:
+            between = differences(losses, exact)
+            apart = [
+                step
+                for step, (a, b) in enumerate(zip(losses, exact, strict=False))
+                if abs(a - b) > _APART * b
+            ]
+            cells += [f"{np.max(np.abs(between)):.3%}", f"{between[-1]:+.3%}"]
+            cells.append(str(apart[0]) if apart else "never")
+        body.append(cells + [""] * (5 - len(cells)))
+    header = ["attention", "smoothed loss at the end"]
+    header += [f"largest difference from {results.EXACT}", "at the end"]
+    header.append(f"first step {_APART:.1%} apart")
+    lines = [
+        f"{min(map(len, curves.values()))} steps, means of {_WINDOW}:",
+        results.markdown(header, body),
+    ]
+    others = [x for name, x in curves.items() if name != results.OURS]
+    if len(others) > 1:
+        largest = max(
+            largest_difference(b, a) for a, b in itertools.combinations(others, 2)
+        )
+        lines.append(
+            f"largest difference between two without {results.OURS}: {largest:.3%}"
+        )
+    return "\n\n".join(lines)
 
 
 def memory_table(lines: Lines) -> str:
@@ -225,15 +297,22 @@ def plot_steps(lines: Lines, path: Path) -> None:
 
 
 def plot_curves(curves: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Writes smoothed loss curves over each other, the second dashed."""
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    """Writes smoothed loss curves over each other, and their differences below."""
+    figure, axes = plt.subplots(
+        2, sharex=True, height_ratios=(2, 1), figsize=(7, 6), layout="constrained"
+    )
+    exact = curves[results.EXACT]
     for index, (name, losses) in enumerate(curves.items()):
         line = {"color": plot.style(index)["color"], "ls": ("-", "--")[index % 2]}
-        axis.plot(smoothed(losses), label=name, lw=1.4, **line)
-    axis.set_xlabel("step")
-    axis.set_ylabel(f"loss, nats per byte, mean of {_WINDOW} steps")
-    axis.grid(alpha=0.3)
-    axis.legend()
+        axes[0].plot(smoothed(losses), label=name, lw=1.4, **line)
+        if name != results.EXACT:
+            axes[1].plot(100 * differences(losses, exact), lw=1.2, **line)
+    axes[0].set_ylabel(f"loss, nats per byte, mean of {_WINDOW} steps")
+    axes[0].legend()
+    axes[1].set_ylabel(f"% above {results.EXACT}")
+    axes[1].set_xlabel("step")
+    for axis in axes:
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
 
@@ -258,15 +337,17 @@ def _report(path: Path) -> None:
     )
     measured = [line for line in lines if line["kind"] == "memory"]
     curves = curves_of(lines)
-    texts = [steps_table(steps) if steps else "", refusals(steps)]
+    refused = [x for x in lines if x["kind"] == "left_out"]
+    texts = [steps_table(steps) if steps else "", factors(steps)]
+    texts.append(refusals([*steps, *refused]))
     texts += [accuracy_table(lines), memory_table(measured) if measured else ""]
-    texts.append(curves_summary(curves) if len(curves) == 2 else "")
+    texts.append(curves_table(curves) if results.EXACT in curves else "")
     print("\n\n".join([f"# {path}", *filter(None, texts)]), end="\n\n")
     if steps:
         plot_steps(steps, path.with_suffix(".png"))
     if measured:
         plot.save_memory(measured, path.with_suffix(".png"))
-    if curves:
+    if results.EXACT in curves:
         plot_curves(curves, path.with_suffix(".png"))
 
 

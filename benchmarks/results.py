@@ -9,6 +9,8 @@ from typing import Any
 from benchmarks.workloads import WORKLOADS, Workload
 
 OURS = "ours"
+EXACT = "jax-xla"
+"""Exact attention, the scores in memory: what ours is held against."""
 LEVEL_SPREAD = 0.02
 
 

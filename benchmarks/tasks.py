@@ -29,6 +29,8 @@ LISTOPS_VOCAB = CLOSE + 1
 _OPERATOR_SHARE = 0.25
 _MAX_ARGUMENTS = 10
 _MAX_DEPTH = 10
+_LISTOPS_SHARES = 500 / 2048, 2000 / 2048
+"""Of the length: the arena's expressions have 500 to 2000 tokens, here 2048 places."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Split:
 
     tokens: np.ndarray
     labels: np.ndarray
+
+    def commonest(self) -> float:
+        """Returns the share of the commonest label: what guessing it would score."""
+        return float(np.bincount(self.labels).max() / len(self.labels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +113,13 @@ def _windows(
 def listops_task(
     seqlen: int, num_training: int, num_held_out: int, seed: int = 0
 ) -> Task:
-    """Returns expressions of a quarter of the length or more, and their values."""
+    """Returns expressions that fill a quarter of the length or more; their values."""
     source = random.Random(seed)
+    shortest, longest = (int(seqlen * share) for share in _LISTOPS_SHARES)
     rows: dict[bytes, int] = {}
     while len(rows) < num_training + num_held_out:
-        tokens = expression(source, seqlen)
-        if len(tokens) >= seqlen // 4:
+        tokens = expression(source, longest)
+        if len(tokens) >= shortest:
             rows[bytes(tokens)] = evaluate(tokens)
     padded = [row + bytes(seqlen - len(row)) for row in rows]
     tokens = np.frombuffer(b"".join(padded), np.uint8).reshape(-1, seqlen)
@@ -128,14 +135,14 @@ def expression(source: random.Random, limit: int) -> list[int]:
     """Returns the tokens of a random expression, empty where it would pass the limit.
 
     An operand is an expression with probability 0.25, else a digit; an expression has
-    2 to 10 operands and 10 levels at most.
+    2 to 10 operands and 10 levels at most, its digits counted as one.
     """
     tokens: list[int] = []
 
     def grow(depth: int) -> bool:
         tokens.append(_OPERATOR + source.randrange(len(OPERATORS)))
         for _ in range(source.randint(2, _MAX_ARGUMENTS)):
-            if depth < _MAX_DEPTH and source.random() < _OPERATOR_SHARE:
+            if depth < _MAX_DEPTH - 1 and source.random() < _OPERATOR_SHARE:
                 if not grow(depth + 1):
                     return False
             else:

@@ -1,6 +1,7 @@
 """The documentation's pictures, and what its pages refer to."""
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -50,8 +51,18 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == [page.name for page in PAGES]
 
 
+def public(module):
+    members = inspect.getmembers(module, inspect.isfunction)
+    here = {name for name, x in members if x.__module__ == module.__name__}
+    return {name for name in here if not name.startswith("_")}
+
+
 def test_every_function_is_in_the_reference():
     page = (DOCS / "api.md").read_text()
-    documented = set(re.findall(r"^::: jax_flash_attn\.(\w+)", page, re.MULTILINE))
-    constants = {"LSE_NAME", "OUT_NAME", "__version__"}
-    assert set(jax_flash_attn.__all__) - constants <= documented
+    documented = set(re.findall(r"^::: jax_flash_attn\.([\w.]+)", page, re.MULTILINE))
+    undocumented = {"LSE_NAME", "OUT_NAME", "__version__", "testing"}
+    assert set(jax_flash_attn.__all__) - undocumented <= documented
+    assert {f"testing.{name}" for name in public(jax_flash_attn.testing)} <= documented
+    layers = ("linen.attention_fn", "nnx.attention_fn", "haiku.MultiHeadAttention")
+    assert {f"integrations.{name}" for name in layers} <= documented
+    assert "integrations.equinox.multihead_attention" in documented

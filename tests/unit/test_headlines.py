@@ -1,6 +1,7 @@
 """The headline benchmarks: their data and arithmetic, and tiny runs of each command."""
 
 import dataclasses
+import importlib
 import json
 import random
 
@@ -14,6 +15,7 @@ from benchmarks import (
     headline_report,
     headlines,
     memory,
+    modes,
     results,
     tasks,
     timing,
@@ -79,13 +81,30 @@ def test_lra_compares_accuracies_of_one_seed(tmp_path):
 
 
 @pytest.mark.long
+def test_lra_runs_both_tasks_unless_one_is_named(tmp_path, capsys):
+    lines = run("lra", tmp_path, "--seeds=1", "--contenders=ours,jax-xla")
+    for kind in ("step", "accuracy"):
+        assert {x["model"] for x in lines if x["kind"] == kind} == {"text", "listops"}
+    printed = capsys.readouterr().out
+    assert "- listops, S=32, dropout 0: ours is " in printed
+    assert "| text | jax-xla |" in printed
+
+
+@pytest.mark.long
 def test_curves_of_ours_and_of_exact_attention_agree(tmp_path):
     lines = run("curves", tmp_path)
-    (difference,) = (x for x in lines if x["kind"] == "difference")
     curves = headline_report.curves_of(lines)
+    assert list(curves) == ["ours", "jax-xla", "jax-xla-float32"]
     assert {len(losses) for losses in curves.values()} == {6}
     assert curves["ours"][0] == pytest.approx(np.log(256), rel=0.1)
-    assert 0 <= difference["largest_relative"] < 0.01
+    found = {x["contender"]: x for x in lines if x["kind"] == "difference"}
+    assert found.keys() == {"ours", "jax-xla-float32"}
+    assert 0 <= found["ours"]["largest_relative"] < 0.01
+    (settings,) = (x for x in lines if x["kind"] == "training")
+    assert (settings["batch"], settings["steps"]) == (2, 6)
+    assert settings["model"]["name"] == "byte_gpt"
+    left_out = {x["contender"] for x in lines if x["kind"] == "left_out"}
+    assert left_out == {"jax-cudnn", "dew-fa3"}
 
 
 def test_memory_is_measured_by_length(tmp_path, monkeypatch):
@@ -165,6 +184,23 @@ def test_plain_contenders_compute_attention(name):
     closeness.assert_close_to_oracle(calls.jit(attend)(q, k, v), exact, naive)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_cudnn_is_asked_to_drop_forward_and_backward(monkeypatch, causal):
+    contender = contenders()["jax-cudnn-dropout"]
+    cudnn = importlib.import_module(contender.module)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
+    workload = Workload("tiny", 2, 64, 2, 2, 64, causal=causal, dropout_p=0.25)
+    assert contender.supports(workload, "both") is None
+    step = modes.forward_and_backward(contender.build(workload))
+    x = jax.ShapeDtypeStruct(workload.q_shape, jnp.bfloat16)
+    lowered = jax.jit(step).trace(x, x, x, x).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    for target in ("fmhaSoftmaxDropout", "fmhaSoftmaxDropoutBackward"):
+        assert f"__cudnn${target}(" in text
+    assert text.count(r"\22dropout_rate\22: 0.25") == 2
+    assert (r"\22mask_type\22: \22CAUSAL" in text) == causal
+
+
 def test_state_sampler_runs_the_step_as_often_as_it_says():
     state = transformer.State(jnp.zeros(()), None, jnp.zeros(()), jnp.zeros(()))
     sampler = timing.StateSampler(
@@ -207,9 +243,21 @@ def test_listops_follow_the_grammar():
     assert 50 < len(kept) < 200
     assert max(map(len, kept)) <= 200
     assert {tasks.evaluate(expression) for expression in kept} == set(range(10))
+    deepest = 0
     for expression in kept:
-        operators = sum(11 <= token < 15 for token in expression)
-        assert operators == expression.count(tasks.CLOSE)
+        opened = [11 <= token < 15 for token in expression]
+        closed = [token == tasks.CLOSE for token in expression]
+        assert sum(opened) == sum(closed)
+        deepest = max(deepest, *(np.cumsum(opened) - np.cumsum(closed)))
+    # An expression's digits are the tenth level.
+    assert deepest == 9
+
+
+def test_listops_have_the_lengths_of_the_arena():
+    assert headlines._LISTOPS.seqlen == 2048
+    task = tasks.listops_task(2048, 30, 10)
+    rows = [*task.training.tokens, *task.held_out.tokens]
+    assert all(500 <= np.count_nonzero(row) <= 2000 for row in rows)
 
 
 @pytest.mark.parametrize("make", [tasks.text_task, tasks.listops_task])
@@ -242,14 +290,71 @@ def test_table_tells_attentions_share_and_its_own_factor():
         exact == "| m | 8 | 0 | jax-xla | 1 | 1.0% | 60% | 1 | 2.0000 | 2.00 | 6.00 |"
     )
     assert without.endswith("|  | 1 | 2.0000 | 0.80 |  |")
+    assert headline_report.factors(lines) == (
+        "- m, S=8, dropout 0: ours is 2.00 times jax-xla; attention alone 6.00 times, "
+        "20% of our step and 60% of jax-xla's; without any attention 2.50 times"
+    )
+
+
+@pytest.mark.parametrize("missing", [results.OURS, "jax-xla", training.WITHOUT])
+def test_factors_need_all_three_steps(missing):
+    names = {results.OURS, "jax-xla", training.WITHOUT} - {missing}
+    refused = {**step_line(missing, None), "status": "error"}
+    assert not headline_report.factors([*(step_line(n, 1.0) for n in names), refused])
+
+
+def test_accuracies_stand_beside_guessing():
+    lines = [
+        {"kind": "accuracy", "model": "m", "contender": "ours", "accuracy": accuracy}
+        for accuracy in (0.25, 0.5)
+    ]
+    lines[1]["guessing"] = 0.125
+    table = headline_report.accuracy_table(lines).splitlines()
+    assert table[2:] == ["| m | ours | 0.375 | 0.125 | 2 | 0.125 |"]
+    labels = np.array([3, 1, 3, 0])
+    assert tasks.Split(np.zeros((4, 2)), labels).commonest() == 0.5
 
 
 def test_difference_of_curves_is_of_their_means():
     first, second = np.full(120, 1.02), np.full(120, 1.0)
     first[::2] += 0.5
     first[1::2] -= 0.5
-    found = {"ours": first, "jax-xla": second[:110]}
-    assert headline_report.largest_difference(found) == pytest.approx(0.02)
+    difference = headline_report.largest_difference(first, second[:110])
+    assert difference == pytest.approx(0.02)
+
+
+def test_curves_of_controls_stand_beside_ours():
+    exact = np.full(60, 2.0)
+    parting = exact.copy()
+    parting[7:] = 2.01
+    curves = {"ours": exact * 0.99, "jax-xla": exact, "a": parting, "b": exact * 1.03}
+    table = headline_report.curves_table(curves).splitlines()
+    assert table[4:8] == [
+        "| ours | 1.9800 | 1.000% | -1.000% | 0 |",
+        "| jax-xla | 2.0000 |  |  |  |",
+        "| a | 2.0100 | 0.500% | +0.500% | 7 |",
+        "| b | 2.0600 | 3.000% | +3.000% | 0 |",
+    ]
+    assert table[-1].endswith("two without ours: 3.000%")
+
+
+def test_report_shows_a_control_that_failed(tmp_path, capsys, monkeypatch):
+    """It does not end a run, and the others go on."""
+    started = []
+
+    def train(trainer, seed):
+        started.append(trainer)
+        if len(started) == 3:
+            raise RuntimeError("RESOURCE_EXHAUSTED: too large")
+        yield None, [2.0] * 6
+
+    monkeypatch.setattr(training.Trainer, "run", train)
+    lines = run("curves", tmp_path)
+    assert set(headline_report.curves_of(lines)) == {"ours", "jax-xla"}
+    reason = "- jax-xla-float32: out of memory: RuntimeError: RESOURCE_EXHAUSTED"
+    assert reason in capsys.readouterr().out
+    assert headline_report.main([str(tmp_path / "run.jsonl")]) == 0
+    assert reason in capsys.readouterr().out
 
 
 def test_report_counts_the_samples_of_a_run_that_ended_early(tmp_path, capsys):

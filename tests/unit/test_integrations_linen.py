@@ -56,6 +56,12 @@ def test_causal_kernel_and_a_mask_array_of_padding():
     check((x,), {"causal": True}, mask, PADDING, normalize_qk=True, use_bias=False)
 
 
+def test_options_that_change_no_number_are_taken():
+    options = {"dropout_rate": 0.5, "deterministic": True}
+    options["force_fp32_for_softmax"] = True
+    check((normal(3, 7, 10),), dtype="bfloat16", precision="highest", **options)
+
+
 def test_dtype_of_the_layer_is_the_dtype_of_the_kernel():
     flash, plain = pair(dtype=jnp.bfloat16)
     variables = layers.parameters(plain.init, KEY, normal(2, 5, 8))
