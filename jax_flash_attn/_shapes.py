@@ -146,7 +146,7 @@ def pack(
 def workspace(
     dims: Dimensions, deterministic: bool
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The extra results of the backward call: dq sums, row statistics, head states, turns."""
+    """The workspace of the backward: dq sums, row statistics, head states, turns."""
     rows = _round_up(dims.seqlen_q, WORKSPACE_ROW_MULTIPLE)
     columns = _round_up(dims.head_dim, WORKSPACE_COLUMN_MULTIPLE)
     heads = (dims.batch, dims.heads)
