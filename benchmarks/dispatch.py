@@ -12,6 +12,9 @@ A runtime that launches from a thread of its own hides what a launch costs the h
 two more figures stand beside the first: the time until the result is there (`ready`),
 the kernel's included, and the time of a call in a row that nobody waits for
 (`queued`), which is the host's where that is slower than the GPU.
+
+The empty call launches nothing. What a launch costs any program shows a third
+callable, a sum of the operands, for which XLA launches one kernel of its own.
 """
 
 import argparse
@@ -32,7 +35,7 @@ from benchmarks.workloads import Workload
 from jax_flash_attn import _ffi
 
 TINY = Workload("tiny", 1, 64, 1, 1, 64, source="one tile of one head")
-OURS, EMPTY = "ours", "empty"
+OURS, EMPTY, SUM = "ours", "empty", "sum"
 
 _WARM_UP_CALLS = 100
 _QUEUED_CALLS = 500
@@ -45,7 +48,11 @@ def callables(workload: Workload) -> dict[str, Callable[..., jax.Array]]:
     def empty(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return _ffi.empty_call([q, k, v], [jax.ShapeDtypeStruct(q.shape, q.dtype)])[0]
 
-    return {OURS: jax.jit(contenders()[OURS].build(workload)), EMPTY: jax.jit(empty)}
+    return {
+        OURS: jax.jit(contenders()[OURS].build(workload)),
+        EMPTY: jax.jit(empty),
+        SUM: jax.jit(lambda q, k, v: q + k + v),
+    }
 
 
 def sample(
@@ -141,9 +148,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"ours {figures['ours_us']:.1f} us, empty {figures['empty_us']:.1f} us, "
         f"difference {figures['difference_us']:.1f} us, ratio {figures['ratio']:.2f}"
     )
-    for name in ("ready", "queued"):
-        ours, empty = (figures[f"{who}_{name}_us"] for who in (OURS, EMPTY))
-        print(f"{name}: ours {ours:.1f} us, empty {empty:.1f} us")
+    for name in ("", "_ready", "_queued"):
+        ours, empty, kernel = (figures[f"{who}{name}_us"] for who in (OURS, EMPTY, SUM))
+        print(
+            f"{name[1:] or 'returned'}: ours {ours:.1f} us, empty {empty:.1f} us, "
+            f"a kernel of XLA's own {kernel:.1f} us"
+        )
     return 0
 
 

@@ -149,12 +149,13 @@ def _panel_columns(head_dim: int) -> int:
 
 def forward_candidates(head_dim: int) -> Iterator[ForwardTiles]:
     """Yields the tiles worth trying for a head dim: two query stages where they fit."""
+    some_stages = ((2, 2), (2, 3), (3, 3))
     for tile_q, tile_k, stages, prob_buffers in itertools.product(
-        (128, 192), range(48, 209, 16), (2, 3), (1, 2)
+        (128, 192), range(48, 209, 16), some_stages, (1, 2)
     ):
         for query_stages in (2, 1):
             candidate = ForwardTiles(
-                tile_q, tile_k, query_stages, stages, stages, prob_buffers
+                tile_q, tile_k, query_stages, *stages, prob_buffers
             )
             if candidate.fits(head_dim):
                 yield candidate

@@ -32,7 +32,7 @@ constexpr Row<ForwardTiles> kForward[] = {
     {192, Features::kFull, {128, 96, 1, 2, 2, 2}},
     {192, Features::kNoDropout, {128, 112, 1, 2, 2, 1}},
     {192, Features::kAny, {128, 64, 2, 2, 2, 1}},
-    {kAnyHeadDim, Features::kMasked, {128, 64, 1, 2, 2, 1}, 1024},
+    {kAnyHeadDim, Features::kMasked, {128, 64, 1, 2, 3, 1}, 1024},
     {kAnyHeadDim, Features::kNoDropout, {128, 80, 1, 2, 2, 1}},
     {kAnyHeadDim, Features::kAny, {128, 48, 2, 2, 2, 1}},
 };

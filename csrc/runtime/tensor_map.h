@@ -18,7 +18,8 @@ struct TensorBoxes {
   std::uint32_t box_rows;         // at most 256
 };
 
-// Pure host arithmetic in the driver: no context, no device access.
+// Pure host arithmetic in the driver: no context, no device access. The calling thread's last maps
+// are kept, since the driver takes longer for one than to compare boxes.
 StatusOr<CUtensorMap> encode_tensor_map(const TensorBoxes& boxes);
 
 }  // namespace jax_flash_attn::runtime

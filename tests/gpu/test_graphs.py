@@ -49,7 +49,7 @@ with tempfile.TemporaryDirectory() as folder:
         for plane in profile.planes if "GPU" in plane.name
         for line in plane.lines
         for event in line.events
-        if event.name.startswith(("flash_forward_", "flash_backward_"))
+        if event.name.startswith("flash_")
     ]
 """
 
@@ -84,7 +84,8 @@ def test_both_modes_give_the_same(answers):
 def test_profile_shows_kernels_inside_the_graph(mode):
     """The profiler gives a kernel of a graph the graph's id."""
     kernels = jax_child.run(PROGRAM + PROFILED, XLA_FLAGS=FLAGS[mode])["kernels"]
-    assert len(kernels) >= 3 * 2 * 3  # runs, passes, layers
+    # Runs, layers; a forward kernel, and two or more for the backward.
+    assert len(kernels) >= 3 * 3 * (1 + 2)
     inside = {name for name, stats in kernels if any("graph" in x for x in stats)}
     assert inside == ({name for name, _ in kernels} if mode == "on" else set()), kernels
 
