@@ -146,6 +146,9 @@ def _save_grid(
                 if (_workload(row).head_dim, _workload(row).causal)
                 == (head_dim, causal)
             ]
+            if not panel:
+                axis.set_visible(False)
+                continue
             _draw_panel(axis, panel, names)
             mask = "causal" if causal else "full"
             axis.set_title(f"D = {head_dim}, {mask}", fontsize=10)
