@@ -165,7 +165,7 @@ def forward_candidates(head_dim: int) -> Iterator[ForwardTiles]:
 def backward_candidates(head_dim: int) -> Iterator[BackwardTiles]:
     """Yields the tiles worth trying for a head dim."""
     for tile_q, query_stages, dout_stages in itertools.product(
-        (64, 128), (1, 2, 3), (1, 2, 3)
+        (64, 128), (2, 3), (2, 3)
     ):
         candidate = BackwardTiles(tile_q, 128, query_stages, dout_stages)
         if candidate.fits(head_dim):

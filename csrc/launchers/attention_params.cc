@@ -89,14 +89,15 @@ Status check_not_capturing(runtime::CUstream stream) {
 }
 
 Status launch(const runtime::Kernel& kernel, const KernelSpecialization& specialization,
-              std::int64_t ctas, runtime::CUstream stream, const void* params) {
+              std::int64_t ctas, runtime::CUstream stream, const void* params,
+              bool behind_same_call) {
   if (ctas == 0) return Status();
   const runtime::LaunchShape shape{static_cast<unsigned>(ctas),
                                    1,
                                    1,
                                    static_cast<unsigned>(specialization.threads),
                                    specialization.shared_bytes,
-                                   specialization.starts_early};
+                                   specialization.starts_early && behind_same_call};
   return runtime::launch(kernel, shape, stream, params);
 }
 

@@ -33,9 +33,11 @@ runtime::StatusOr<const runtime::Kernel*> load(const KernelSpecialization& kerne
 // recorded: loading a module would end the capture.
 runtime::Status check_not_capturing(runtime::CUstream stream);
 
-// Launches `ctas` CTAs of a kernel, or nothing where there are none.
+// Launches `ctas` CTAs of a kernel, or nothing where there are none. A kernel that starts early
+// does so only behind one of the same call: it may write what others in the stream still read.
 runtime::Status launch(const runtime::Kernel& kernel, const KernelSpecialization& specialization,
-                       std::int64_t ctas, runtime::CUstream stream, const void* params);
+                       std::int64_t ctas, runtime::CUstream stream, const void* params,
+                       bool behind_same_call = false);
 
 inline std::int64_t ceil_div(std::int64_t value, std::int64_t divisor) {
   return (value + divisor - 1) / divisor;

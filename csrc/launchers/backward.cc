@@ -131,30 +131,31 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
     const auto ctas = static_cast<std::int64_t>(rounds * plan.multiprocessors);
     return std::min(groups, 1 + ceil_div(ctas, std::max<std::int64_t>(group_tiles, 1)));
   };
-  // A CTA that starts finds its rows prepared by CTAs that started, and a group finished by CTAs
-  // that ended, while each multiprocessor ran one or two more.
-  const bool serves =
-      specialization.serves_rows && mean_visible_keys(backward.attention) >= kServedKeys;
+  // With such leads a CTA finds its rows prepared, and a group finished or nearly so.
+  const bool serves = specialization.serves_rows && shape.seqlen_q > 0 &&
+                      mean_visible_keys(backward.attention) >= kServedKeys;
   const std::int64_t prepares_ahead = serves ? groups_of(1.5) : groups;
   const std::int64_t rounds_behind = serves ? groups_of(2.0) : groups;
   jfa::Sm90FusedBackwardParams params{};
   params.backward = backward;
   params.prepares_ahead = static_cast<int>(prepares_ahead);
   params.rounds_behind = static_cast<int>(rounds_behind);
-  // No more than are prepared ahead, or CTAs would wait for some with larger indices.
-  params.last_groups = static_cast<int>(groups_of(1.5));
+  // No more than either, or CTAs would wait for some with larger indices.
+  params.last_groups = static_cast<int>(std::min({groups_of(1.5), prepares_ahead, rounds_behind}));
   if (group_tiles > 0)
     JFA_RETURN_IF_ERROR(
         fill_sm90_params(params, call, specialization.tile_q, specialization.tile_k));
 
   const std::int64_t row_blocks = backward.padded_rows / jfa::kWorkspaceRowMultiple;
-  JFA_RETURN_IF_ERROR(launch(*plan.first, specialization.first,
-                             row_blocks * prepares_ahead * group_heads, stream, &backward));
+  const std::int64_t first_ctas = row_blocks * prepares_ahead * group_heads;
+  JFA_RETURN_IF_ERROR(launch(*plan.first, specialization.first, first_ctas, stream, &backward));
+  const std::int64_t main_ctas = group_tiles * groups;
   JFA_RETURN_IF_ERROR(
-      launch(*plan.main, specialization.main, group_tiles * groups, stream, &params));
+      launch(*plan.main, specialization.main, main_ctas, stream, &params, first_ctas > 0));
   const std::int64_t query_tiles = ceil_div(shape.seqlen_q, specialization.tile_q);
   return launch(*plan.postprocess, *specialization.postprocess,
-                query_tiles * rounds_behind * group_heads, stream, &params);
+                query_tiles * rounds_behind * group_heads, stream, &params,
+                first_ctas + main_ctas > 0);
 }
 
 // dq by itself, which also leaves the statistics for dk and dv; then these.
@@ -179,7 +180,7 @@ Status run_split(const BackwardCall& call, const BackwardPlan& plan,
   JFA_RETURN_IF_ERROR(fill_sm90_params(dk_dv, call, specialization.tile_q, specialization.tile_k));
   const std::int64_t key_tiles = dk_dv.tiles.of_head * shape.batch * shape.heads_k;
   return launch(*plan.main, specialization.main, std::min(multiprocessors, key_tiles), stream,
-                &dk_dv);
+                &dk_dv, query_tiles > 0);
 }
 
 }  // namespace

@@ -30,6 +30,17 @@ MANY_CTAS = (
     dataclasses.replace(
         PLAIN, name="causal", batch=6, seqlen_q=800, seqlen_k=820, causal=True
     ),
+    # CTAs of the last heads start with the first ones here.
+    dataclasses.replace(
+        PLAIN,
+        name="causal_last_heads",
+        batch=3,
+        heads=12,
+        heads_k=12,
+        seqlen_q=1024,
+        seqlen_k=1024,
+        causal=True,
+    ),
     dataclasses.replace(
         PLAIN, name="window", seqlen_q=600, seqlen_k=600, window_size=(350, 250)
     ),
@@ -50,6 +61,13 @@ def fused():
 def test_every_head_is_right(case, expected):
     results = calls.run(case, implementation="cuda")
     oracle.check(results, expected[case])
+
+
+def test_no_queries():
+    """Nothing is prepared then, and nobody waits for it."""
+    case = dataclasses.replace(PLAIN, name="no_queries", seqlen_q=0)
+    results = calls.run(case, implementation="cuda")
+    oracle.check(results, oracle.of(case, inputs.make(case)), ("dq", "dk", "dv"))
 
 
 @pytest.mark.parametrize("packing", ["kv", "qkv"])

@@ -19,13 +19,15 @@
 //
 //   barrier  threads               what it orders
 //   1, 2     both consumers (256)  the turns of consumer 0 and of consumer 1
-//   3        service warps (96)    their writes before one of them tells other CTAs
+//   3        service warps (96)    their writes before one of them tells other CTAs, what they
+//   stage,
+//                                  and that one of them has heard of other CTAs
 //
-// In its turn a consumer starts dv, dk and dq of a step, then scores and dprobs of the next, and
+// In its turn a consumer starts dv, dq and dk of a step, then scores and dprobs of the next, and
 // passes the turn on; its exponentials run while the other has its turn. A turn that comes says
 // besides that the other consumer has stored its dscores, of this step for consumer 1 and of the
-// step before for consumer 0, whose dq therefore lags by one, and that it has read those of the
-// step before that, whose place is written next. Two stages of dscores suffice.
+// step before for consumer 0, whose dq therefore lags by one, and that it has read the dscores
+// whose place is written next. Two stages of dscores suffice.
 #pragma once
 
 #include <sm90/backward_steps.cuh>
@@ -40,10 +42,12 @@ struct BackwardShapes {
   static_assert(Config::kTileK == 64 * kBackwardConsumers, "a consumer owns 64 keys");
   // Of dq, a consumer computes half of the columns of 64 queries, or all columns of half of 128.
   static_assert(Config::kTileQ == 64 || Config::kTileQ == 128, "dq is a product of 64 rows");
+  static_assert(Config::kQueryStages > 1 && Config::kDoutStages > 1,
+                "in its turn a consumer waits for the next step, while the other needs this one");
   static constexpr bool kSplitsRows = Config::kTileQ == 128;
   static constexpr int kConsumerWarps = kBackwardConsumers * 4;
-  static constexpr int kConsumerRegisters = Config::kServesRows ? 232 : 240;
-  static constexpr int kProducerRegisters = Config::kServesRows ? 40 : 24;
+  static constexpr int kConsumerRegisters = Config::kServesRows ? 232 : kBackwardConsumerRegisters;
+  static constexpr int kProducerRegisters = Config::kServesRows ? 40 : kBackwardProducerRegisters;
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
   static constexpr int kQuerySteps = Config::kTileQ / 16;
   static constexpr int kKeySteps = Config::kTileK / 16;

@@ -81,8 +81,8 @@ struct BackwardStages {
         keys{shared_address + Shapes::kKeyRingOffset} {}
 };
 
-// Fetches the query tiles of a walk: q before dout, since consumers want the next step's q before
-// this step's dq. load_keys() follows the first q; it may wait for the statistics, too.
+// Fetches the query tiles of a walk: q before dout, since consumers start scores before dprobs.
+// load_keys() follows the first q; it may wait for the statistics, too.
 // Threads: one.
 template <class Config, class Shapes, class Walk, class LoadKeys>
 __device__ __forceinline__ void load_queries(const TensorMap& q, const TensorMap& dout,

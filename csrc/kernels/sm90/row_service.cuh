@@ -4,14 +4,14 @@
 //   prepare  what a group's CTAs start from: zeros for dq, and statistics of the query rows
 //   round    the dq sums of a group that all its CTAs have added to, to 16 bits
 //
-// A group is a key head with the query heads that read it. The CTAs of a group follow each other in
-// the grid, one for each key tile, and share this work evenly: they prepare for the group
-// `prepares_ahead` on and round for the one `rounds_behind` back, which they find in L2. Those of
-// the first groups find their rows prepared by the kernel before, and the kernel behind rounds what
-// is left.
+// A group is a key head with the query heads that read it. The CTAs of a group, one for each key
+// tile, follow each other in the grid but for the last groups' (fused_place), and share this work
+// by the time they have: they prepare for the group `prepares_ahead` on and round for the one
+// `rounds_behind` back, which they find in L2. Those of the first groups find their rows prepared
+// by the kernel before, and the kernel behind rounds what is left.
 //
 // A CTA waits only for CTAs with smaller block indices, which the hardware starts first, so it
-// never waits for one that can't run. The last groups (fused_place) have none to prepare for.
+// never waits for one that can't run. The last groups have none to prepare for.
 #pragma once
 
 #include <attention/head_address.cuh>
@@ -154,10 +154,13 @@ struct RowService {
     const BackwardParams& backward = params.backward;
     const int target = group - params.rounds_behind;
     if (target < 0) return;
-    if (thread == 0)
-      ptx::await_flag(state_of(backward.added, target), tiles * Shapes::kConsumerWarps);
     const int head_tiles = (backward.attention.seqlen_q + Config::kTileQ - 1) / Config::kTileQ;
     const ServiceShare query_tiles = share(head_tiles * group_heads());
+    if (query_tiles.begin == query_tiles.end) return;
+    if (thread == 0) {
+      ptx::await_previous_grid();  // which has cleared the counter
+      ptx::await_flag(state_of(backward.added, target), tiles * Shapes::kConsumerWarps);
+    }
 #pragma unroll 1
     for (int i = query_tiles.begin; i < query_tiles.end; ++i)
       if (!round_tile(target * group_heads() + i / head_tiles, i % head_tiles, thread))
