@@ -41,13 +41,22 @@ void feature_constants(std::string& text, const AttentionSpec& spec) {
   constant(text, "kScoresScaled", spec.softcap > 0.0 || spec.alibi || !(spec.softmax_scale > 0.0));
 }
 
+// checks: what must hold of Config, see needs_shared().
 std::string program(const std::string& include, const std::string& config, int threads, int ctas,
-                    const std::string& entry, const std::string& params, const std::string& call) {
-  return "#include <" + include + ">\n\nstruct Config {\n" + config +
-         "};\n\nextern \"C\" __global__ void __launch_bounds__(" + std::to_string(threads) + ", " +
+                    const std::string& entry, const std::string& params, const std::string& call,
+                    const std::string& checks = "") {
+  return "#include <" + include + ">\n\nstruct Config {\n" + config + "};\n" + checks +
+         "\nextern \"C\" __global__ void __launch_bounds__(" + std::to_string(threads) + ", " +
          std::to_string(ctas) + ") " + entry + "(const __grid_constant__ jfa::" + params +
          " params) {\n  extern __shared__ __align__(1024) unsigned char shared[];\n  " + call +
          ";\n}\n";
+}
+
+// Shared memory is counted by the host, which asks for it, and by the device, which lays it out:
+// the compiler compares.
+std::string needs_shared(const std::string& shapes, int bytes) {
+  return "static_assert(jfa::" + shapes + "<Config>::kSharedBytes == " + std::to_string(bytes) +
+         ", \"the host asks for other than this\");\n";
 }
 
 Status check_head_dim(const AttentionShape& shape) {
@@ -115,7 +124,8 @@ StatusOr<ForwardSpecialization> sm80_forward(const AttentionSpec& spec, const At
   const std::string entry = "flash_forward_sm80";
   const std::string source =
       program("sm80/forward.cuh", config, tiles.warps * 32, tiles.ctas, entry, "ForwardParams",
-              "jfa::sm80::forward<Config>(params, shared)");
+              "jfa::sm80::forward<Config>(params, shared)",
+              needs_shared("sm80::ForwardShapes", shared_bytes));
   return ForwardSpecialization{
       Family::kSm80,
       sm80::describe(tiles),
@@ -142,7 +152,8 @@ StatusOr<ForwardSpecialization> sm90_forward(const AttentionSpec& spec, const At
   const int threads = sm90::forward_threads(tiles);
   const std::string source =
       program("sm90/forward.cuh", config, threads, 1, entry, "Sm90ForwardParams",
-              "jfa::sm90::forward<Config>(params, shared)");
+              "jfa::sm90::forward<Config>(params, shared)",
+              needs_shared("sm90::ForwardShapes", shared_bytes));
   return ForwardSpecialization{Family::kSm90,
                                sm90::describe(tiles),
                                tiles.tile_q,
@@ -185,7 +196,8 @@ StatusOr<BackwardSpecialization> sm80_backward(const AttentionSpec& spec,
   const std::string entry = "flash_backward_sm80";
   const std::string source =
       program("sm80/backward.cuh", layout, tiles.warps * 32, tiles.ctas, entry, "BackwardParams",
-              "jfa::sm80::backward<Config>(params, shared)");
+              "jfa::sm80::backward<Config>(params, shared)",
+              needs_shared("sm80::BackwardShapes", shared_bytes));
   return BackwardSpecialization{
       Family::kSm80,
       sm80::describe(tiles),
@@ -215,16 +227,20 @@ StatusOr<BackwardSpecialization> sm90_split_backward(const AttentionSpec& spec,
   const int dq_threads = sm90::query_gradient_threads(tiles);
   const std::string dq_source =
       program("sm90/query_gradient.cuh", dq_config, dq_threads, 1, dq_entry,
-              "Sm90DealtBackwardParams", "jfa::sm90::query_gradient<Config>(params, shared)");
+              "Sm90DealtBackwardParams", "jfa::sm90::query_gradient<Config>(params, shared)",
+              needs_shared("sm90::QueryGradientShapes",
+                           sm90::query_gradient_shared_bytes(tiles, head_dim)));
 
   std::string config = config_of(spec, shape, tiles.tile_q, tiles.tile_k);
   constant(config, "kQueryStages", tiles.query_stages);
   constant(config, "kDoutStages", tiles.dout_stages);
   const std::string entry = "flash_key_gradient_sm90";
   const std::string kernel = sm90::is_wide(tiles) ? "wide_key_gradient" : "key_gradient";
-  const std::string source =
-      program("sm90/" + kernel + ".cuh", config, sm90::kBackwardThreads, 1, entry,
-              "Sm90DealtBackwardParams", "jfa::sm90::" + kernel + "<Config>(params, shared)");
+  const std::string source = program(
+      "sm90/" + kernel + ".cuh", config, sm90::kBackwardThreads, 1, entry,
+      "Sm90DealtBackwardParams", "jfa::sm90::" + kernel + "<Config>(params, shared)",
+      needs_shared(sm90::is_wide(tiles) ? "sm90::WideKeyGradientShapes" : "sm90::KeyGradientShapes",
+                   sm90::key_gradient_shared_bytes(tiles, head_dim)));
   return BackwardSpecialization{Family::kSm90Split,
                                 sm90::describe(tiles),
                                 tiles.tile_q,
@@ -269,7 +285,8 @@ StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
   const std::string entry = "flash_backward_sm90";
   const std::string source =
       program(file, config, sm90::kBackwardThreads, 1, entry, "Sm90FusedBackwardParams",
-              "jfa::sm90::backward<Config>(params, shared)");
+              "jfa::sm90::backward<Config>(params, shared)",
+              needs_shared("sm90::FusedBackwardMemory", shared_bytes));
   return BackwardSpecialization{
       Family::kSm90,
       sm90::describe(tiles),

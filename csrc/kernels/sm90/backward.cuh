@@ -110,6 +110,14 @@ struct BackwardShapes {
   static_assert(kServiceOffset % 16 == 0, "rows are staged by 16 bytes");
 };
 
+// All of the shared memory, that of the service warps included.
+template <class Config>
+struct FusedBackwardMemory {
+  using Shapes = BackwardShapes<Config>;
+  static constexpr int kSharedBytes =
+      Shapes::kServiceOffset + ServiceStaging<Config, Shapes>::kBytes;
+};
+
 // Threads: one.
 template <class Config>
 __device__ __forceinline__ void produce_backward(
