@@ -154,7 +154,7 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
       launch(*plan.main, specialization.main, main_ctas, stream, &params, first_ctas > 0));
   const std::int64_t query_tiles = ceil_div(shape.seqlen_q, specialization.tile_q);
   return launch(*plan.postprocess, *specialization.postprocess,
-                query_tiles * rounds_behind * group_heads, stream, &params,
+                query_tiles * rounds_behind * group_heads, stream, &backward,
                 first_ctas + main_ctas > 0);
 }
 

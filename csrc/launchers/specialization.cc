@@ -281,7 +281,7 @@ StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
   const std::string postprocess_entry = "flash_backward_postprocess_sm90";
   const std::string postprocess =
       program(file, config, sm90::kBackwardPostprocessThreads, 1, postprocess_entry,
-              "Sm90FusedBackwardParams", "jfa::sm90::backward_postprocess<Config>(params, shared)");
+              "BackwardParams", "jfa::sm90::backward_postprocess<Config>(params, shared)");
   const std::string entry = "flash_backward_sm90";
   const std::string source =
       program(file, config, sm90::kBackwardThreads, 1, entry, "Sm90FusedBackwardParams",

@@ -42,13 +42,12 @@ __device__ __forceinline__ TilePlace place_of(unsigned index, int tiles, int hea
 }
 
 // A CTA's place in a grid of (tile, head, batch) with the tile fastest, as one dimension: the
-// batch that vmap folds together may pass the 65,535 limit of the other grid dimensions. The grid
-// starts at place number `first`.
+// batch that vmap folds together may pass the 65,535 limit of the other grid dimensions.
 // It is cheap to compute and costs registers to keep: kernels make one before their main loop and
 // another behind it.
 struct GridPlace : TilePlace {
-  __device__ __forceinline__ GridPlace(int tiles, int heads, unsigned first = 0)
-      : TilePlace(place_of(first + ptx::reread_cta(), tiles, heads)) {}
+  __device__ __forceinline__ GridPlace(int tiles, int heads)
+      : TilePlace(place_of(ptx::reread_cta(), tiles, heads)) {}
 };
 
 }  // namespace jfa::attention

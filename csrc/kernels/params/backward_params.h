@@ -59,9 +59,7 @@ struct Sm90BackwardParams {
 struct Sm90FusedBackwardParams : Sm90BackwardParams {
   int prepares_ahead;
   int rounds_behind;
-  // The CTAs of the last groups come in the order of their key tiles, not group by group: under a
-  // causal mask the last ones then have the least to do, and no multiprocessor is left waiting.
-  int last_groups;
+  int last_groups;  // that come in another order (sm90/fused_place.cuh)
 };
 
 // The same for kernels whose CTAs deal tiles out among themselves.

@@ -31,6 +31,7 @@
 #pragma once
 
 #include <sm90/backward_steps.cuh>
+#include <sm90/fused_place.cuh>
 #include <sm90/row_service.cuh>
 
 namespace jfa::sm90 {
@@ -391,18 +392,17 @@ __device__ __forceinline__ void backward(const Sm90FusedBackwardParams& params,
 // dq = scale * its fp32 sums, rounded, of the groups of heads that the main kernel leaves. One CTA
 // serves one query tile of one head; its two halves read what the two consumers added.
 template <class Config>
-__device__ __forceinline__ void backward_postprocess(const Sm90FusedBackwardParams& params,
+__device__ __forceinline__ void backward_postprocess(const BackwardParams& params,
                                                      unsigned char* shared) {
   using Shapes = BackwardShapes<Config>;
   ptx::await_previous_grid();
-  const BackwardParams& backward = params.backward;
-  const AttentionParams& attention = backward.attention;
+  const AttentionParams& attention = params.attention;
   const int query_tiles = (attention.seqlen_q + Config::kTileQ - 1) / Config::kTileQ;
   const int rounded_heads =
       attention.batch * attention.heads - static_cast<int>(gridDim.x) / query_tiles;
   const int rounded_tiles = rounded_heads * query_tiles;
   const QueryGradientTile<Config, typename Shapes::QueryTile> tile(
-      backward, attention::GridPlace(query_tiles, attention.heads, rounded_tiles));
+      params, attention::place_of(rounded_tiles + blockIdx.x, query_tiles, attention.heads));
   bool finite = true;
   if (threadIdx.x < 128) {
     finite = tile.stage(tile::Accumulator<1, Shapes::query_gradient_steps(0)>(), 0, 0, 0, shared);
@@ -416,8 +416,8 @@ __device__ __forceinline__ void backward_postprocess(const Sm90FusedBackwardPara
 #pragma unroll 1
     for (int i = blockIdx.x; i < rounded_tiles; i += gridDim.x) {
       const attention::TilePlace place = attention::place_of(i, query_tiles, attention.heads);
-      const bool spoilt = backward.dq_spoilt[place.batch * attention.heads + place.head] != 0;
-      attention::contain_gradients<Config>(backward, place, spoilt, tile.kThreads / 32);
+      const bool spoilt = params.dq_spoilt[place.batch * attention.heads + place.head] != 0;
+      attention::contain_gradients<Config>(params, place, spoilt, tile.kThreads / 32);
     }
   }
 }

@@ -5,10 +5,10 @@
 //   round    the dq sums of a group that all its CTAs have added to, to 16 bits
 //
 // A group is a key head with the query heads that read it. The CTAs of a group, one for each key
-// tile, follow each other in the grid but for the last groups' (fused_place), and share this work
-// by the time they have: they prepare for the group `prepares_ahead` on and round for the one
-// `rounds_behind` back, which they find in L2. Those of the first groups find their rows prepared
-// by the kernel before, and the kernel behind rounds what is left.
+// tile, follow each other in the grid but for the last groups' (sm90/fused_place.cuh), and share
+// this work by the time they have: they prepare for the group `prepares_ahead` on and round for the
+// one `rounds_behind` back, which they find in L2. Those of the first groups find their rows
+// prepared by the kernel before, and the kernel behind rounds what is left.
 //
 // A CTA waits only for CTAs with smaller block indices, which the hardware starts first, so it
 // never waits for one that can't run. The last groups have none to prepare for.
@@ -22,6 +22,8 @@
 #include <ptx/grid_dependency.cuh>
 #include <ptx/tma.cuh>
 #include <ptx/warpgroup.cuh>
+#include <sm90/fused_place.cuh>
+#include <tile/bulk_accumulator.cuh>
 #include <tile/fragment.cuh>
 #include <tile/shared_tile.cuh>
 #include <tile/write_rows.cuh>
@@ -53,35 +55,11 @@ struct ServiceStaging {
                 "what is staged at a time");
 };
 
-template <int kColumns>
-struct Columns {
-  static constexpr int kCount = kColumns;
-};
-
 // A CTA's share of [0, count).
 struct ServiceShare {
   int begin;
   int end;
 };
-
-// The key tile of a CTA.
-template <class Config>
-__device__ __forceinline__ attention::TilePlace fused_place(const Sm90FusedBackwardParams& params) {
-  const AttentionParams& attention = params.backward.attention;
-  const int tiles = (attention.seqlen_k + Config::kTileK - 1) / Config::kTileK;
-  const int index = static_cast<int>(ptx::reread_cta());
-  int tile = index % tiles;
-  int group = index / tiles;
-  if constexpr (Config::kWindowed) {
-    const int first_group = attention.batch * attention.heads_k - params.last_groups;
-    if (group >= first_group) {
-      const int rest = index - first_group * tiles;
-      tile = rest / params.last_groups;
-      group = first_group + rest % params.last_groups;
-    }
-  }
-  return {tile, group % attention.heads_k, group / attention.heads_k};
-}
 
 template <class Config, class Shapes>
 struct RowService {
@@ -279,28 +257,17 @@ struct RowService {
     const int row_stride = params.backward.dq.row_stride;
     const AttentionParams& attention = params.backward.attention;
     tile::Accumulator<1, 1> part;
-    const float* const sums = reinterpret_cast<const float*>(staging) +
+    tile::read_sums(part, reinterpret_cast<const float*>(staging) +
                               Shapes::query_gradient_place(row_block, step) +
-                              ptx::reread_lane() * 4;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float4 values = *reinterpret_cast<const float4*>(sums + n * 128);
-      part.values[0][n][0] = values.x;
-      part.values[0][n][1] = values.y;
-      part.values[0][n][2] = values.z;
-      part.values[0][n][3] = values.w;
-    }
+                              ptx::reread_lane() * 4);
     part.scale(attention.softmax_scale);
     const int first_row = first_tile_row + row_block * 16;
-    const auto write = [&](auto columns) {
-      tile::write_rows<typename Config::Element, decltype(columns)::kCount>(
-          dq + static_cast<long long>(first_row) * row_stride + step * 16, row_stride,
-          attention.seqlen_q - first_row, part);
-    };
+    unsigned short* const target = dq + static_cast<long long>(first_row) * row_stride + step * 16;
+    const int rows = attention.seqlen_q - first_row;
     if (Config::kHeadDim % 16 == 0 || step + 1 < Shapes::kHeadDimSteps) {
-      write(Columns<16>());
+      tile::write_rows<typename Config::Element, 16>(target, row_stride, rows, part);
     } else {
-      write(Columns<8>());
+      tile::write_rows<typename Config::Element, 8>(target, row_stride, rows, part);
     }
     return !Config::kWindowed || part.is_finite();
   }

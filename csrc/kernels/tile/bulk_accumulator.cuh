@@ -11,6 +11,19 @@
 
 namespace jfa::tile {
 
+// Reads what a lane has of sums in that layout, whose first four are at `sums`.
+template <class Acc>
+__device__ __forceinline__ void read_sums(Acc& acc, const float* sums) {
+#pragma unroll
+  for (int n = 0; n < Acc::kColumnTiles; ++n) {
+    const float4 values = *reinterpret_cast<const float4*>(sums + n * 128);
+    acc.values[0][n][0] = values.x;
+    acc.values[0][n][1] = values.y;
+    acc.values[0][n][2] = values.z;
+    acc.values[0][n][3] = values.w;
+  }
+}
+
 // Acc: what one warpgroup adds or loads.
 template <class Acc>
 struct BulkAccumulator {
@@ -51,15 +64,7 @@ struct BulkAccumulator {
   }
 
   __device__ __forceinline__ void load(Acc& acc) const {
-    const float* const source = data + warp_offset() + lane_offset();
-#pragma unroll
-    for (int n = 0; n < Acc::kColumnTiles; ++n) {
-      const float4 sums = *reinterpret_cast<const float4*>(source + n * 128);
-      acc.values[0][n][0] = sums.x;
-      acc.values[0][n][1] = sums.y;
-      acc.values[0][n][2] = sums.z;
-      acc.values[0][n][3] = sums.w;
-    }
+    read_sums(acc, data + warp_offset() + lane_offset());
   }
 };
 
