@@ -144,16 +144,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         taken = sample(calls, operands, options.calls, quiet=options.quiet)
         figures = summarise({**taken, **sample_queued(calls, operands)})
         log.write("dispatch", calls=options.calls, on_gpu=on_gpu(), **figures)
-    print(
-        f"ours {figures['ours_us']:.1f} us, empty {figures['empty_us']:.1f} us, "
-        f"difference {figures['difference_us']:.1f} us, ratio {figures['ratio']:.2f}"
-    )
     for name in ("", "_ready", "_queued"):
         ours, empty, kernel = (figures[f"{who}{name}_us"] for who in (OURS, EMPTY, SUM))
         print(
             f"{name[1:] or 'returned'}: ours {ours:.1f} us, empty {empty:.1f} us, "
             f"a kernel of XLA's own {kernel:.1f} us"
         )
+    print(
+        f"difference of ours and the empty, returned: "
+        f"{figures['difference_us']:.1f} us, ratio {figures['ratio']:.2f}"
+    )
     return 0
 
 

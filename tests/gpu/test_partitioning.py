@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from tests.support import jax_child, partitioning, programs
+from tests.support import devices, jax_child, partitioning, programs
 from tests.support.cases import Case
 from tests.support.partitioning import Split
 
@@ -91,14 +91,12 @@ def test_same_forward_without_the_deterministic_mode(grid):
 
 @pytest.mark.parametrize("way", ["auto", "explicit", "shard_map"])
 def test_same_bits_split_over_batch_and_heads_of_all_devices(way, one_device):
-    """As many as four; of two, both share heads."""
-    count = 4 if len(jax.devices("cuda")) >= 4 else 2
-    assert run(way, (count // 2, 2)) == one_device
+    """Of two, both share heads."""
+    assert run(way, (devices.num_split_gpus() // 2, 2)) == one_device
 
 
 def test_same_bits_of_a_pmap_over_all_devices(one_device):
-    count = 4 if len(jax.devices("cuda")) >= 4 else 2
-    assert run("pmap", (count, 1)) == one_device
+    assert run("pmap", (devices.num_split_gpus(), 1)) == one_device
 
 
 CACHE_PROGRAM = """

@@ -59,24 +59,16 @@ CASES = (
     dataclasses.replace(PLAIN, name="one_key", seqlen_k=1),
 )
 
+MANY_HEADS = dataclasses.replace(PLAIN, name="many_ctas", heads=8, heads_k=8)
+
 MANY_CTAS = (
+    dataclasses.replace(MANY_HEADS, batch=10, seqlen_q=400, seqlen_k=400),
     dataclasses.replace(
-        PLAIN,
-        name="many_ctas",
-        batch=10,
-        seqlen_q=400,
-        seqlen_k=400,
-        heads=8,
-        heads_k=8,
-    ),
-    dataclasses.replace(
-        PLAIN,
+        MANY_HEADS,
         name="many_ctas_causal",
         batch=6,
         seqlen_q=780,
         seqlen_k=800,
-        heads=8,
-        heads_k=8,
         causal=True,
     ),
 )

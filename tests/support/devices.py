@@ -46,6 +46,11 @@ def require_gpu(count: int = 1, capability: tuple[int, int] = (0, 0)) -> None:
         )
 
 
+def num_split_gpus() -> int:
+    """Returns how many CUDA devices a test splits over: four, or two of fewer."""
+    return 4 if has_gpu(4) else 2
+
+
 def imported(module: str, package: str) -> ModuleType:
     """Returns a module; skips the calling test file where its package is missing."""
     if importlib.util.find_spec(package) is None:

@@ -31,7 +31,10 @@ def test_candidates_hold_every_row_of_the_table(row):
 )
 def test_candidates_are_few_enough_to_try(operation, head_dim):
     found = list(tune.CANDIDATES[operation](head_dim))
-    assert 0 < len(found) < 200
+    if operation == "backward" and head_dim > 64:
+        assert len(found) == 1  # the table's row: shared memory holds no other
+    else:
+        assert 2 < len(found) < 200
     assert len(set(found)) == len(found)
 
 
