@@ -251,7 +251,9 @@ class JaxCudnnDropout(Contender):
     """cuDNN with its own dropout, by the function that jax.nn calls.
 
     It is not public: jax.nn's has no dropout. Its seed is a constant of the program,
-    so that every layer and step draws the same mask: enough to be timed.
+    so that every layer and step draws the same mask: enough to time attention alone. In
+    a training step jax 0.11.2 ends the process ("Check failed:
+    local_device_ordinal.has_value()" in XLA's cuda_dnn.cc).
     """
 
     module = "jax._src.cudnn.fused_attention_stablehlo"
