@@ -89,16 +89,13 @@ int key_walk_threads(int tile_q) { return (tile_q / 64 + 1) * 128; }
 // more cost the same at every length; what it saves weighs less, the longer the walk of a CTA.
 // Dropout is drawn twice. Measurements are in docs/tuning.md.
 constexpr std::int64_t kSplitNarrow = 512;  // head dims up to 64
-constexpr std::int64_t kSplitWide = 2048;
-constexpr std::int64_t kSplitWideMasked = 1024;
-static_assert(is_seqlen_limit(kSplitNarrow) && is_seqlen_limit(kSplitWide) &&
-                  is_seqlen_limit(kSplitWideMasked),
+constexpr std::int64_t kSplitWide = 1024;
+static_assert(is_seqlen_limit(kSplitNarrow) && is_seqlen_limit(kSplitWide),
               "calls of one plan run the same kernels");
 
 std::int64_t split_seqlen(const AttentionSpec& spec, std::int64_t head_dim) {
   if (spec.dropout()) return -1;
-  if (head_dim <= 64) return kSplitNarrow;
-  return spec.windowed() ? kSplitWideMasked : kSplitWide;
+  return head_dim <= 64 ? kSplitNarrow : kSplitWide;
 }
 
 template <typename Tiles, std::size_t kRows>
@@ -188,7 +185,7 @@ std::string describe(const ForwardTiles& tiles) {
 int backward_shared_bytes(const BackwardTiles& tiles, int head_dim) {
   const int stages = tiles.query_stages + tiles.dout_stages;
   const int statistics = stages * tiles.tile_q * 4;
-  const int barriers = 2 * 8 * (stages + 2);
+  const int barriers = 2 * 8 * (stages + 4);
   const int fp32_columns = (head_dim + 15) / 16 * 16;  // parts of dq, on the way to their sums
   const int service = 32 * 1024 + 4 * (head_dim > 64 ? 64 : 128);  // sm90/row_service.cuh
   return 2 * tile_bytes(tiles.tile_k, head_dim) + stages * tile_bytes(tiles.tile_q, head_dim) +

@@ -58,9 +58,12 @@ struct ScoreTransform {
     return score;
   }
 
-  // lse_log2 is lse in units of log2, +inf where a row has no probabilities.
+  // log2 of a probability. lse_log2 is lse in units of log2, +inf where a row has no probabilities.
+  __device__ __forceinline__ float exponent(float score, float lse_log2) const {
+    return fmaf(score, exponent_scale, -lse_log2);
+  }
   __device__ __forceinline__ float prob(float score, float lse_log2) const {
-    return ptx::exp2_approx(fmaf(score, exponent_scale, -lse_log2));
+    return ptx::exp2_approx(exponent(score, lse_log2));
   }
 
   // The gradient of the scaled product; dprob = dout.v, after dropout.

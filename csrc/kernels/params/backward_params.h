@@ -35,7 +35,7 @@ struct BackwardParams {
   int* spoilt;      // whether the key head's dk and dv need containing
   int* dq_spoilt;   // whether dq of the query head does, where the main kernel has rounded it
   int* prepared;    // CTAs of the main kernel that have prepared their share of the group's rows
-  int* added;       // warps of it that have added all they have to dq of the group
+  int* added;       // CTAs of it that have added all they have to dq of the group
   int* turns;       // (batch, heads, padded_rows / kSmallestQueryTile); null unless deterministic
   int lse_batches;  // lse and dlse of batch b are those of b % lse_batches
   int dlse_batches;

@@ -5,17 +5,20 @@
 //   dk += scale dscores^T q     dq += scale dscores k
 //
 // One CTA owns one key tile of one key head and walks the query tiles of all query heads of its
-// group. One warp (the producer) keeps the copy engine busy; two warpgroups (consumers) own 64 keys
-// each. They compute scores^T and dprobs^T, rows being keys, so that probs^T and dscores^T feed dv
-// and dk from registers; only dscores goes to shared memory, for dq, of which each consumer has a
-// part of the columns, or with tiles of 128 queries half of the rows. dq gathers in fp32 in global
-// memory (tile/bulk_accumulator.cuh). The three warps beside the producer prepare the rows of heads
-// to come and round dq of heads that are done (sm90/row_service.cuh).
+// group. One warp (the producer) keeps the copy engine busy, which brings tiles and takes dq; two
+// warpgroups (consumers) own 64 keys each. They compute scores^T and dprobs^T, rows being keys, so
+// that probs^T and dscores^T feed dv and dk from registers; only dscores goes to shared memory, for
+// dq, of which each consumer has a part of the columns, or with tiles of 128 queries half of the
+// rows. dq gathers in fp32 in global memory (tile/bulk_accumulator.cuh). The three warps beside the
+// producer prepare the rows of heads to come and round dq of heads that are done
+// (sm90/row_service.cuh).
 //
 //   ring    stages        filled with                released
 //   keys    2             k, and v, of the key tile  never
 //   query   kQueryStages  q and lse of a query tile  by each consumer's threads, after dk
 //   dout    kDoutStages   dout and delta             by each consumer's threads, after dv
+//   sums    1, of each    a consumer's part of dq,   by the producer, when it has sent the other
+//           consumer      by all its threads         consumer's next part
 //
 //   barrier  threads               what it orders
 //   1, 2     both consumers (256)  the turns of consumer 0 and of consumer 1
@@ -24,10 +27,12 @@
 //                                  and that one of them has heard of other CTAs
 //
 // In its turn a consumer starts dv, dq and dk of a step, then scores and dprobs of the next, and
-// passes the turn on; its exponentials run while the other has its turn. A turn that comes says
-// besides that the other consumer has stored its dscores, of this step for consumer 1 and of the
-// step before for consumer 0, whose dq therefore lags by one, and that it has read the dscores
-// whose place is written next. Two stages of dscores suffice.
+// passes the turn on; its exponentials run while the other has its turn. What else it does in its
+// turn, it does beside products that are queued: dq is staged beside dk, and the fence that dq
+// needs before it is sent comes behind the turn (docs/tuning.md has what a turn's parts take). A
+// turn that comes says besides that the other consumer has stored its dscores, of this step for
+// consumer 1 and of the step before for consumer 0, whose dq therefore lags by one, and that it has
+// read the dscores whose place is written next. Two stages of dscores suffice.
 #pragma once
 
 #include <sm90/backward_steps.cuh>
@@ -46,7 +51,9 @@ struct BackwardShapes {
   static_assert(Config::kQueryStages > 1 && Config::kDoutStages > 1,
                 "in its turn a consumer waits for the next step, while the other needs this one");
   static constexpr bool kSplitsRows = Config::kTileQ == 128;
-  static constexpr int kConsumerWarps = kBackwardConsumers * 4;
+  // Scores of the next step are started before dq is staged where registers hold both beside dk and
+  // dv; behind dq, they wait for its stores.
+  static constexpr bool kScoresFirst = Config::kHeadDim <= 64;
   static constexpr int kConsumerRegisters = Config::kServesRows ? 232 : kBackwardConsumerRegisters;
   static constexpr int kProducerRegisters = Config::kServesRows ? 40 : kBackwardProducerRegisters;
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
@@ -87,7 +94,9 @@ struct BackwardShapes {
 
   using QueryRing = tile::Ring<Config::kQueryStages>;
   using DoutRing = tile::Ring<Config::kDoutStages>;
-  using KeyRing = tile::Ring<2>;  // of k and of v: scores need not wait for v
+  using KeyRing = tile::Ring<2>;   // of k and of v: scores need not wait for v
+  using SumsRing = tile::Ring<1>;  // one for each consumer
+  using SumsPosition = tile::RingPosition<1>;
   static constexpr int kKeyStage = 0;
   static constexpr int kValueStage = 1;
   using QueryPosition = tile::RingPosition<Config::kQueryStages>;
@@ -107,7 +116,8 @@ struct BackwardShapes {
   static constexpr int kQueryRingOffset = kDeltaOffset + Config::kDoutStages * kStatisticsBytes;
   static constexpr int kDoutRingOffset = kQueryRingOffset + QueryRing::kBytes;
   static constexpr int kKeyRingOffset = kDoutRingOffset + DoutRing::kBytes;
-  static constexpr int kServiceOffset = kKeyRingOffset + KeyRing::kBytes;
+  static constexpr int kSumsRingOffset = kKeyRingOffset + KeyRing::kBytes;
+  static constexpr int kServiceOffset = kSumsRingOffset + kBackwardConsumers * SumsRing::kBytes;
   static_assert(kServiceOffset % 16 == 0, "rows are staged by 16 bytes");
 };
 
@@ -119,19 +129,100 @@ struct FusedBackwardMemory {
       Shapes::kServiceOffset + ServiceStaging<Config, Shapes>::kBytes;
 };
 
+// What all roles see of the shared memory.
+template <class Config>
+struct FusedBackwardStages : BackwardStages<BackwardShapes<Config>> {
+  using Shapes = BackwardShapes<Config>;
+  unsigned char* memory;
+
+  __device__ __forceinline__ explicit FusedBackwardStages(unsigned char* shared_memory)
+      : BackwardStages<Shapes>(tile::shared_address(shared_memory)), memory(shared_memory) {}
+
+  // Threads: one, before a CTA barrier.
+  __device__ __forceinline__ void init() const {
+    this->query.init(kBackwardConsumers * 128);
+    this->dout.init(kBackwardConsumers * 128);
+    this->keys.init(1);
+    for (int consumer = 0; consumer < kBackwardConsumers; ++consumer)
+      sums(consumer).init(1, /*fillers=*/128);
+    ptx::mbarrier_init_fence();
+  }
+
+  __device__ __forceinline__ typename Shapes::SumsRing sums(int consumer) const {
+    return {this->shared + Shapes::kSumsRingOffset + consumer * Shapes::SumsRing::kBytes};
+  }
+  // Where a consumer stages its part of dq.
+  __device__ __forceinline__ unsigned char* staged_sums(int consumer) const {
+    return memory + Shapes::kQueryGradientOffset +
+           Shapes::query_gradient_offset(consumer) * static_cast<int>(sizeof(float));
+  }
+};
+
+// Sends what the consumers stage of dq, in the order in which it comes: of every step the second
+// consumer's part, then that of the first, which lags. Threads: one.
+template <class Config>
+struct QueryGradientSender {
+  using Shapes = BackwardShapes<Config>;
+  using Walk = BackwardWalk<Config>;
+  static constexpr int kParts = 1 + (Shapes::query_gradient_steps(1) > 0);
+  const BackwardParams& backward;
+  const FusedBackwardStages<Config>& stages;
+  const Walk& walk;
+  typename Walk::Step step;
+  int sends = 0;  // two for each step
+
+  __device__ __forceinline__ QueryGradientSender(const BackwardParams& params,
+                                                 const FusedBackwardStages<Config>& shared_stages,
+                                                 const Walk& walked)
+      : backward(params), stages(shared_stages), walk(walked), step(walked.first()) {}
+
+  __device__ __forceinline__ void send_until(int count) {
+#pragma unroll 1
+    for (; sends < count; ++sends) {
+      if (sends % 2 == 0) {
+        send<1>();
+      } else {
+        send<0>();
+        walk.advance(step);
+      }
+    }
+  }
+
+ private:
+  template <int kConsumer>
+  __device__ __forceinline__ void send() const {
+    if constexpr (kConsumer < kParts) {
+      stages.sums(kConsumer).wait_full(
+          typename Shapes::SumsPosition{static_cast<unsigned>(sends / 2)});
+      const long long row = attention::workspace_row(backward, walk.place.batch, step.head,
+                                                     step.query_tile * Config::kTileQ);
+      tile::BulkAccumulator<typename Shapes::template QueryGradient<kConsumer>>{
+          backward.dq_accum + row * backward.padded_columns +
+          Shapes::query_gradient_offset(kConsumer)}
+          .send(stages.staged_sums(kConsumer));
+      ptx::bulk_commit();
+      // Who staged last but one has half a step until it stages again.
+      ptx::bulk_wait_read<kParts - 1>();
+      if (kParts == 1 || sends > 0) stages.sums((kConsumer + kParts - 1) % kParts).release(0);
+    }
+  }
+};
+
 // Threads: one.
 template <class Config>
-__device__ __forceinline__ void produce_backward(
-    const Sm90FusedBackwardParams& params, const BackwardStages<BackwardShapes<Config>>& stages,
-    unsigned char* shared) {
+__device__ __forceinline__ void produce_backward(const Sm90FusedBackwardParams& params,
+                                                 const FusedBackwardStages<Config>& stages) {
   using Shapes = BackwardShapes<Config>;
   using KeyTile = typename Shapes::KeyTile;
   const AttentionParams& attention = params.backward.attention;
   const BackwardWalk<Config> walk(attention, fused_place<Config>(params));
   typename Shapes::QueryPosition query_at;
   typename Shapes::DoutPosition dout_at;
+  QueryGradientSender<Config> sender(params.backward, stages, walk);
   load_queries<Config>(
-      params.q, params.dout, params.backward, stages, walk, query_at, dout_at, [&] {
+      params.q, params.dout, params.backward, static_cast<const BackwardStages<Shapes>&>(stages),
+      walk, query_at, dout_at,
+      [&] {
         const auto load = [&](int stage, int offset, const TensorMap& map, int batches) {
           const unsigned barrier = stages.keys.full(stage);
           ptx::mbarrier_arrive_expect(barrier, KeyTile::kBytes);
@@ -140,16 +231,20 @@ __device__ __forceinline__ void produce_backward(
         };
         load(Shapes::kKeyStage, Shapes::kKeyOffset, params.k, attention.k.batches);
         load(Shapes::kValueStage, Shapes::kValueOffset, params.v, attention.v.batches);
-        RowService<Config, Shapes>(params, shared).await_prepared();
-      });
+        RowService<Config, Shapes>(params, stages.memory).await_prepared();
+      },
+      // The stage of query tile n is let go of in step n - kQueryStages. What has been staged until
+      // then is sent first.
+      [&](int n) { sender.send_until(2 * (n - Config::kQueryStages)); });
+  sender.send_until(2 * walk.steps());
   ptx::await_previous_grid();  // also without a walk, since who waits for this grid waits for both
+  RowService<Config, Shapes>(params, stages.memory).tell_added();
 }
 
 // Threads: a whole warpgroup.
 template <class Config, int kConsumer>
-__device__ __forceinline__ void consume_backward(
-    const Sm90FusedBackwardParams& params, const BackwardStages<BackwardShapes<Config>>& stages,
-    unsigned char* shared) {
+__device__ __forceinline__ void consume_backward(const Sm90FusedBackwardParams& params,
+                                                 const FusedBackwardStages<Config>& stages) {
   using Shapes = BackwardShapes<Config>;
   using Element = typename Config::Element;
   using QueryTile = typename Shapes::QueryTile;
@@ -194,25 +289,28 @@ __device__ __forceinline__ void consume_backward(
                                                                at.stage() * QueryTile::kBytes);
   };
   const auto statistics = [&](int offset, int stage) {
-    return reinterpret_cast<const float*>(shared + offset + stage * Shapes::kStatisticsBytes);
+    return reinterpret_cast<const float*>(stages.memory + offset +
+                                          stage * Shapes::kStatisticsBytes);
   };
   const auto tile_of = [&](const Step& step) {
     return ScoreTile{batch, step.head, step.query_tile * Config::kTileQ, walk.first_key,
                      walk.first_key + warp_row};
   };
+  ColumnStatistics<Scores> lse;
+  ColumnStatistics<Scores> delta;
+  const auto load_lse = [&] { lse.load(statistics(Shapes::kLseOffset, query_at.stage())); };
   const auto finish_scores = [&](const Step& step) {
     const ScoreTile tile = tile_of(step);
-    make_probs<Config>(scores, attention, tile, statistics(Shapes::kLseOffset, query_at.stage()));
+    make_probs<Config>(scores, attention, tile, lse);
     dropout.draw(attention, batch, step.head, tile.layout());
   };
   const auto finish_dprobs = [&](const Step& step) {
     const ScoreTile tile = tile_of(step);
     const attention::ScoreTransform<Config> transform(attention, batch, step.head);
-    const float* const delta = statistics(Shapes::kDeltaOffset, dout_at.stage());
 #pragma unroll
     for (int n = 0; n < Scores::kColumnTiles; ++n)
       make_dscores<Config>(dprobs, n, scores.values[0][n], dropout, transform, tile.layout(),
-                           attention.dropout_scale, delta,
+                           attention.dropout_scale, delta.take(n),
                            statistics(Shapes::kLseOffset, query_at.stage()));
   };
 
@@ -230,36 +328,29 @@ __device__ __forceinline__ void consume_backward(
       ptx::wgmma_commit();
     }
   };
-  using QueryGradientSums =
-      tile::BulkAccumulator<typename Shapes::template QueryGradient<kConsumer>>;
-  constexpr int kSumsOffset = Shapes::query_gradient_offset(kConsumer);
-  unsigned char* const staged = shared + Shapes::kQueryGradientOffset + kSumsOffset * 4 +
-                                warp * QueryGradientSums::kWarpBytes;
+  const int steps = walk.steps();
+  int remaining = steps;
+  const auto sums = stages.sums(kConsumer);
+  typename Shapes::SumsPosition sums_at;
   const auto stage_query_gradient = [&] {
-    if constexpr (Shapes::query_gradient_steps(kConsumer) > 0) QueryGradientSums::stage(dq, staged);
-  };
-  const auto send_query_gradient = [&](const Step& added) {
     if constexpr (Shapes::query_gradient_steps(kConsumer) > 0) {
-      const long long row =
-          attention::workspace_row(backward, batch, added.head, added.query_tile * Config::kTileQ);
-      QueryGradientSums{backward.dq_accum + row * backward.padded_columns + kSumsOffset}.send(
-          staged);
+      sums.await_empty(sums_at);
+      tile::BulkAccumulator<typename Shapes::template QueryGradient<kConsumer>>::stage(
+          dq, stages.staged_sums(kConsumer));
+    }
+  };
+  // In its first turn the first consumer finds no dscores, and stages what nobody sends.
+  const auto announce_query_gradient = [&] {
+    if constexpr (Shapes::query_gradient_steps(kConsumer) > 0) {
+      ptx::fence_async_proxy();
+      if (steps - remaining > 1 - kConsumer) {
+        sums.finish_fill(sums_at);
+        sums_at.advance();
+      }
     }
   };
 
-  int remaining = walk.steps();
   Step step{};
-  Step before{-1, 0};  // head -1: the first step has none
-  // The first consumer's dq lags a step behind: when its turn comes, the second one has not stored
-  // its dscores.
-  const auto finish_query_gradient = [&] {
-    if constexpr (kConsumer == 1) {
-      send_query_gradient(step);
-    } else {
-      if (before.head >= 0) send_query_gradient(before);
-      before = step;
-    }
-  };
   if (remaining > 0) {
     step = walk.first();
     if constexpr (kConsumer == 1) ptx::barrier_arrive(kTurnBarrier, 256);  // the first turn
@@ -269,8 +360,10 @@ __device__ __forceinline__ void consume_backward(
     ptx::mbarrier_wait(stages.keys.full(Shapes::kValueStage), 0);
     stages.dout.wait_full(dout_at);
     start_dprobs();
+    load_lse();
     ptx::wgmma_wait<1>();  // scores
     finish_scores(step);
+    delta.load(statistics(Shapes::kDeltaOffset, dout_at.stage()));
     ptx::wgmma_wait<0>();  // dprobs
   }
 #pragma unroll 1
@@ -292,33 +385,36 @@ __device__ __forceinline__ void consume_backward(
     tile::start_register_product<Element>(dk, rounded_dscores, q_columns,
                                           query_at.stage() * QueryTile::kBytes);
     dscores_stage ^= 1;
-    // dq is staged beside dk and sent beside scores, whose products would else wait for it.
     ptx::wgmma_wait<1>();  // dv and dq
     // Every thread has read lse and delta for itself.
     stages.dout.release(dout_at.stage());
+    auto next_query = query_at;
+    next_query.advance();
+    if (remaining > 1) stages.query.wait_full(next_query);
+    // Behind the last step, of what lies there, and nobody looks at it.
+    if constexpr (Shapes::kScoresFirst) start_scores(next_query);
     stage_query_gradient();
     if (--remaining == 0) {
-      finish_query_gradient();
+      announce_query_gradient();
       ptx::wgmma_wait<0>();  // dk
       stages.query.release(query_at.stage());
       ptx::barrier_arrive(kTurnBarrier + 1 - kConsumer, 256);
       break;
     }
-    auto next_query = query_at;
-    next_query.advance();
-    stages.query.wait_full(next_query);
-    start_scores(next_query);
-    finish_query_gradient();
+    if constexpr (!Shapes::kScoresFirst) start_scores(next_query);
     ptx::wgmma_wait<1>();  // dk
     stages.query.release(query_at.stage());
     query_at = next_query;
     dout_at.advance();
-    walk.advance(step);
     stages.dout.wait_full(dout_at);
     start_dprobs();
     ptx::barrier_arrive(kTurnBarrier + 1 - kConsumer, 256);
+    announce_query_gradient();
+    walk.advance(step);
+    load_lse();
     ptx::wgmma_wait<1>();  // scores
     finish_scores(step);
+    delta.load(statistics(Shapes::kDeltaOffset, dout_at.stage()));
     ptx::wgmma_wait<0>();  // dprobs
   }
 
@@ -332,22 +428,16 @@ __device__ __forceinline__ void consume_backward(
       if (spoilt) backward.spoilt[batch * attention.heads + walk.place.head * walk.group] = 1;
     }
   };
-  // The news of dq waits for what a warp has stored before: the second consumer's goes out before
-  // dk and dv, and the first one has them behind it when the second has had its last turn.
-  const RowService<Config, Shapes> service(params, shared);
+  store_key_gradients();
   if constexpr (kConsumer == 0) {
-    store_key_gradients();
-    if (before.head >= 0) {
+    if (steps > 0) {
       ptx::barrier_sync(kTurnBarrier, 256);
       start_query_gradient(dscores_stage ^ 1);
       ptx::wgmma_wait<0>();
       stage_query_gradient();
-      send_query_gradient(before);
+      ptx::fence_async_proxy();
+      sums.finish_fill(sums_at);
     }
-    service.tell_added();
-  } else {
-    service.tell_added();
-    store_key_gradients();
   }
 }
 
@@ -356,16 +446,13 @@ __device__ __forceinline__ void backward(const Sm90FusedBackwardParams& params,
                                          unsigned char* shared) {
   using Shapes = BackwardShapes<Config>;
   ptx::start_next_grid();
-  const BackwardStages<Shapes> stages(tile::shared_address(shared));
+  const FusedBackwardStages<Config> stages(shared);
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(params.q);
     ptx::prefetch_tensor_map(params.k);
     ptx::prefetch_tensor_map(params.v);
     ptx::prefetch_tensor_map(params.dout);
-    stages.query.init(kBackwardConsumers * 128);
-    stages.dout.init(kBackwardConsumers * 128);
-    stages.keys.init(1);
-    ptx::mbarrier_init_fence();
+    stages.init();
   }
   __syncthreads();  // the rings are there
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128);
@@ -373,7 +460,7 @@ __device__ __forceinline__ void backward(const Sm90FusedBackwardParams& params,
     ptx::release_registers<Shapes::kProducerRegisters>();
     const int warp = ptx::uniform(static_cast<int>(threadIdx.x) / 32);
     if (warp == 0) {
-      if (ptx::elect_lane()) produce_backward<Config>(params, stages, shared);
+      if (ptx::elect_lane()) produce_backward<Config>(params, stages);
     } else if constexpr (Config::kServesRows) {
       // One each: what the first has worked out would stay in registers.
       RowService<Config, Shapes>(params, shared).prepare();
@@ -382,9 +469,9 @@ __device__ __forceinline__ void backward(const Sm90FusedBackwardParams& params,
   } else {
     ptx::claim_registers<Shapes::kConsumerRegisters>();
     if (warpgroup == 1) {
-      consume_backward<Config, 0>(params, stages, shared);
+      consume_backward<Config, 0>(params, stages);
     } else {
-      consume_backward<Config, 1>(params, stages, shared);
+      consume_backward<Config, 1>(params, stages);
     }
   }
 }

@@ -10,6 +10,7 @@
 #include <attention/visible_range.cuh>
 #include <params/backward_params.h>
 #include <ptx/grid_dependency.cuh>
+#include <ptx/shared_load.cuh>
 #include <ptx/tma.cuh>
 #include <ptx/warpgroup.cuh>
 #include <sm90/load_tile.cuh>
@@ -82,15 +83,15 @@ struct BackwardStages {
 };
 
 // Fetches the query tiles of a walk: q before dout, since consumers start scores before dprobs.
-// load_keys() follows the first q; it may wait for the statistics, too.
-// Threads: one.
-template <class Config, class Shapes, class Walk, class LoadKeys>
+// load_keys() follows the first q; it may wait for the statistics, too. before_query(n) comes
+// before query tile n of the walk, n > 0, is fetched. Threads: one.
+template <class Config, class Shapes, class Walk, class LoadKeys, class BeforeQuery>
 __device__ __forceinline__ void load_queries(const TensorMap& q, const TensorMap& dout,
                                              const BackwardParams& backward,
                                              const BackwardStages<Shapes>& stages, const Walk& walk,
                                              typename Shapes::QueryPosition& query_at,
                                              typename Shapes::DoutPosition& dout_at,
-                                             LoadKeys load_keys) {
+                                             LoadKeys load_keys, BeforeQuery before_query) {
   using QueryTile = typename Shapes::QueryTile;
   const int batch = walk.place.batch;
   const int q_batch = attention::own_batch(batch, backward.attention.q.batches);
@@ -127,6 +128,7 @@ __device__ __forceinline__ void load_queries(const TensorMap& q, const TensorMap
          backward.delta, step, nothing);
     if (--remaining == 0) break;
     walk.advance(step);
+    before_query(walk.steps() - remaining);
     load_query(step, nothing);
   }
 }
@@ -164,6 +166,32 @@ __device__ __forceinline__ float2 column_pair(const float* vector, int n) {
   return *reinterpret_cast<const float2*>(vector + n * 8 + ptx::reread_lane() % 4 * 2);
 }
 
+// lse or delta of a tile's queries, for the columns of an accumulator that a thread holds. Reads
+// are kept half a tile ahead of their use, the first half before a wait for products. Left to
+// itself ptxas has three on their way, and each takes as long as shared memory is busy with the
+// other consumer's products (docs/tuning.md).
+template <class Scores>
+struct ColumnStatistics {
+  static constexpr int kAhead = Scores::kColumnTiles / 2;
+  unsigned address;
+  float2 ahead[kAhead];
+
+  __device__ __forceinline__ float2 read(int n) const {
+    return ptx::load_shared_pair(address + n * 8 * static_cast<int>(sizeof(float)));
+  }
+  __device__ __forceinline__ void load(const float* vector) {
+    address = tile::shared_address(vector + ptx::reread_lane() % 4 * 2);
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) ahead[n] = read(n);
+  }
+  // Of column tile n. Each once, in order.
+  __device__ __forceinline__ float2 take(int n) {
+    const float2 pair = ahead[n % kAhead];
+    if (n + kAhead < Scores::kColumnTiles) ahead[n % kAhead] = read(n + kAhead);
+    return pair;
+  }
+};
+
 // A tile of scores^T, or of its gradient: where it lies.
 struct ScoreTile {
   int batch;
@@ -180,7 +208,7 @@ struct ScoreTile {
 // From products to probabilities. lse: of the tile's queries.
 template <class Config, class Scores>
 __device__ __forceinline__ void make_probs(Scores& scores, const AttentionParams& attention,
-                                           const ScoreTile& tile, const float* lse) {
+                                           const ScoreTile& tile, ColumnStatistics<Scores>& lse) {
   const attention::ScoreTransform<Config> transform(attention, tile.batch, tile.head);
   const attention::TransposedScoreLayout layout = tile.layout();
   transform.apply(scores, layout);
@@ -189,13 +217,18 @@ __device__ __forceinline__ void make_probs(Scores& scores, const AttentionParams
     attention::mask_scores(scores, layout, range);
 #pragma unroll
   for (int n = 0; n < Scores::kColumnTiles; ++n) {
-    const float2 column_lse = column_pair(lse, n);
+    const float2 column_lse = lse.take(n);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float& value = scores.values[0][n][i];
-      value = transform.prob(value, i % 2 == 0 ? column_lse.x : column_lse.y);
+      value = transform.exponent(value, i % 2 == 0 ? column_lse.x : column_lse.y);
     }
   }
+  // All exponents come first: reads of lse do not wait behind exponentials.
+#pragma unroll
+  for (int n = 0; n < Scores::kColumnTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scores.values[0][n][i] = ptx::exp2_approx(scores.values[0][n][i]);
 }
 
 // The probabilities that dropout keeps, as an operand.
@@ -216,15 +249,14 @@ __device__ __forceinline__ void round_probs(const Scores& probs,
   }
 }
 
-// Column tile n of dprobs becomes one of dscores. delta, lse: of the tile's queries.
+// Column tile n of dprobs becomes one of dscores. lse: of the tile's queries.
 template <class Config, class Scores>
 __device__ __forceinline__ void make_dscores(Scores& dprobs, int n, const float (&probs)[4],
                                              const KeptBits<Config, Scores>& dropout,
                                              const attention::ScoreTransform<Config>& transform,
                                              const attention::TransposedScoreLayout& layout,
-                                             float dropout_scale, const float* delta,
+                                             float dropout_scale, float2 column_delta,
                                              const float* lse) {
-  const float2 column_delta = column_pair(delta, n);
   float2 column_lse{};
   if constexpr (Config::kSoftcap) column_lse = column_pair(lse, n);
 #pragma unroll

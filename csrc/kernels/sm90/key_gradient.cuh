@@ -114,9 +114,9 @@ __device__ __forceinline__ void produce_key_gradient(const Sm90DealtBackwardPara
   ptx::await_previous_grid();  // of the statistics
 #pragma unroll 1
   while (place.tile != kNoTile) {
-    load_queries<Config>(params.q, params.dout, params.backward,
-                         static_cast<const BackwardStages<Shapes>&>(stages),
-                         BackwardWalk<Config, false>(attention, place), query_at, dout_at, [] {});
+    load_queries<Config>(
+        params.q, params.dout, params.backward, static_cast<const BackwardStages<Shapes>&>(stages),
+        BackwardWalk<Config, false>(attention, place), query_at, dout_at, [] {}, [](int) {});
     order.advance();
     place = next_place(order);
     load_keys(place);
@@ -146,6 +146,8 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
   typename Shapes::Gradient dv;
   Scores scores;
   Scores dprobs;
+  ColumnStatistics<Scores> lse;
+  ColumnStatistics<Scores> delta;
   typename Shapes::Operand rounded_probs;
   typename Shapes::Operand rounded_dscores;
   typename Shapes::KeyPosition keys_at;
@@ -212,17 +214,16 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
     };
     const auto finish_scores = [&](const Step& step) {
       const ScoreTile tile = tile_of(step);
-      make_probs<Config>(scores, attention, tile, statistics(Shapes::kLseOffset, query_at.stage()));
+      make_probs<Config>(scores, attention, tile, lse);
       dropout.draw(attention, place.batch, step.head, tile.layout());
     };
     const auto finish_dprobs = [&](const Step& step) {
       const ScoreTile tile = tile_of(step);
       const attention::ScoreTransform<Config> transform(attention, place.batch, step.head);
-      const float* const delta = statistics(Shapes::kDeltaOffset, dout_at.stage());
 #pragma unroll
       for (int n = 0; n < Scores::kColumnTiles; ++n)
         make_dscores<Config>(dprobs, n, scores.values[0][n], dropout, transform, tile.layout(),
-                             attention.dropout_scale, delta,
+                             attention.dropout_scale, delta.take(n),
                              statistics(Shapes::kLseOffset, query_at.stage()));
     };
     // Starts the first step of the next key tile; where there is none, with what lies there, and
@@ -240,7 +241,9 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
     ptx::wgmma_wait<0>();
     if (remaining > 0) {
       Step step = walk.first();
+      lse.load(statistics(Shapes::kLseOffset, query_at.stage()));
       finish_scores(step);
+      delta.load(statistics(Shapes::kDeltaOffset, dout_at.stage()));
 #pragma unroll 1
       while (true) {
         round_probs<Config>(scores, dropout, rounded_probs);
@@ -264,8 +267,10 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
         stages.dout.wait_full(dout_at);
         start_dprobs();
         pass_turn();
+        lse.load(statistics(Shapes::kLseOffset, query_at.stage()));
         ptx::wgmma_wait<1>();  // scores
         finish_scores(step);
+        delta.load(statistics(Shapes::kDeltaOffset, dout_at.stage()));
         ptx::wgmma_wait<0>();  // dprobs
       }
       cross();

@@ -87,10 +87,8 @@ struct RowService {
     ptx::fence_async_proxy_global();  // the copy engine reads what threads wrote
   }
 
-  // For consumers, behind their last addition: the warp's have arrived. Threads: a whole warp.
+  // For the producer, behind its last addition. Threads: one.
   __device__ __forceinline__ void tell_added() const {
-    __syncwarp();
-    if (!ptx::elect_lane()) return;
     ptx::bulk_wait();  // also since shared memory ends with the CTA
     if constexpr (Config::kServesRows) {
       ptx::fence_async_proxy_global();  // threads read what the copy engine added
@@ -137,7 +135,7 @@ struct RowService {
     if (query_tiles.begin == query_tiles.end) return;
     if (thread == 0) {
       ptx::await_previous_grid();  // which has cleared the counter
-      ptx::await_flag(state_of(backward.added, target), tiles * Shapes::kConsumerWarps);
+      ptx::await_flag(state_of(backward.added, target), tiles);
     }
 #pragma unroll 1
     for (int i = query_tiles.begin; i < query_tiles.end; ++i)

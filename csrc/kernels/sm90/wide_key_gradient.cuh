@@ -141,9 +141,10 @@ __device__ __forceinline__ void produce_wide_key_gradient(
     if (walk.steps() == 0) {
       load_keys(place);
     } else {
-      load_queries<Config>(params.q, params.dout, params.backward,
-                           static_cast<const BackwardStages<Shapes>&>(stages), walk, query_at,
-                           dout_at, [&] { load_keys(place); });
+      load_queries<Config>(
+          params.q, params.dout, params.backward,
+          static_cast<const BackwardStages<Shapes>&>(stages), walk, query_at, dout_at,
+          [&] { load_keys(place); }, [](int) {});
     }
   }
   load_keys({kNoTile, 0, 0});
@@ -230,9 +231,11 @@ __device__ __forceinline__ void consume_probs(
 #pragma unroll 1
   while (true) {
     const ScoreTile tile = self.tile_of(walk, step);
+    ColumnStatistics<typename Shapes::Scores> lse;
+    lse.load(self.lse());
     ptx::wgmma_wait<0>();
     if (remaining == 1) stages.keys.release(0);
-    make_probs<Config>(scores, self.attention(), tile, self.lse());
+    make_probs<Config>(scores, self.attention(), tile, lse);
     stages.query.release(self.query_at.stage());
     self.query_at.advance();
     stages.probs.await_empty(self.probs_at);
@@ -303,7 +306,8 @@ __device__ __forceinline__ void consume_dscores(
       const float4 exchanged = self.exchanged_probs(n);
       const float probs[4] = {exchanged.x, exchanged.y, exchanged.z, exchanged.w};
       make_dscores<Config>(dprobs, n, probs, dropout, transform, tile.layout(),
-                           self.attention().dropout_scale, self.delta(), self.lse());
+                           self.attention().dropout_scale, column_pair(self.delta(), n),
+                           self.lse());
     }
     stages.probs.release(self.probs_at.stage());
     self.probs_at.advance();

@@ -29,43 +29,32 @@ template <class Acc>
 struct BulkAccumulator {
   static_assert(Acc::kRowTiles == 1, "a warp of a warpgroup holds one 16-row block");
   static constexpr int kWarpFloats = Acc::kColumnTiles * 32 * 4;
-  static constexpr int kWarpBytes = kWarpFloats * 4;
+  static constexpr int kBytes = 4 * kWarpFloats * 4;
 
-  float* data;  // of the warpgroup
+  float* data;
 
-  static __device__ __forceinline__ int warp_offset() {
-    return static_cast<int>(threadIdx.x) % 128 / 32 * kWarpFloats;
-  }
-  static __device__ __forceinline__ int lane_offset() {
-    return static_cast<int>(threadIdx.x) % 32 * 4;
+  static __device__ __forceinline__ int thread_offset() {
+    return static_cast<int>(threadIdx.x) % 128 / 32 * kWarpFloats +
+           static_cast<int>(threadIdx.x) % 32 * 4;
   }
 
-  // An addition goes by way of the warp's own kWarpBytes of shared memory, in two steps, so that
-  // products can be started between them: stage() frees the accumulator's registers, send() starts
-  // the copy, which may read what is staged until the warp's next stage() or bulk_wait_read.
-  // Threads: a whole warp, the same at each call.
+  // An addition goes by way of kBytes of shared memory: stage() by the warpgroup and a proxy fence
+  // by each of its threads, then send() by one thread that knows of them. The copy, of that
+  // thread's open bulk group, may read what is staged until bulk_wait_read.
+  // Threads: a whole warpgroup.
   static __device__ __forceinline__ void stage(const Acc& acc, unsigned char* staging) {
-    float* const staged = reinterpret_cast<float*>(staging);
-    if (ptx::elect_lane()) ptx::bulk_wait_read();
-    __syncwarp();  // the last addition has read what it staged
+    float* const staged = reinterpret_cast<float*>(staging) + thread_offset();
 #pragma unroll
     for (int n = 0; n < Acc::kColumnTiles; ++n)
-      *reinterpret_cast<float4*>(staged + lane_offset() + n * 128) = make_float4(
+      *reinterpret_cast<float4*>(staged + n * 128) = make_float4(
           acc.values[0][n][0], acc.values[0][n][1], acc.values[0][n][2], acc.values[0][n][3]);
   }
+  // Threads: one.
   __device__ __forceinline__ void send(const unsigned char* staging) const {
-    ptx::fence_async_proxy();
-    __syncwarp();  // all lanes have staged
-    if (ptx::elect_lane()) {
-      ptx::bulk_reduce_add(data + warp_offset(), reinterpret_cast<const float*>(staging),
-                           kWarpBytes);
-      ptx::bulk_commit();
-    }
+    ptx::bulk_reduce_add(data, reinterpret_cast<const float*>(staging), kBytes);
   }
 
-  __device__ __forceinline__ void load(Acc& acc) const {
-    read_sums(acc, data + warp_offset() + lane_offset());
-  }
+  __device__ __forceinline__ void load(Acc& acc) const { read_sums(acc, data + thread_offset()); }
 };
 
 }  // namespace jfa::tile
