@@ -17,22 +17,21 @@
 //   keys    2             k, and v, of the key tile  never
 //   query   kQueryStages  q and lse of a query tile  by each consumer's threads, after dk
 //   dout    kDoutStages   dout and delta             by each consumer's threads, after dv
-//   sums    1, of each    a consumer's part of dq,   by the producer, when it has sent the other
-//           consumer      by all its threads         consumer's next part
+//   sums    1, of each    a consumer's part of dq,   by the producer, when the part that comes
+//           consumer      by all its threads         next has been sent
 //
 //   barrier  threads               what it orders
 //   1, 2     both consumers (256)  the turns of consumer 0 and of consumer 1
 //   3        service warps (96)    their writes before one of them tells other CTAs, what they
-//   stage,
-//                                  and that one of them has heard of other CTAs
+//                                  stage, and that one of them has heard of other CTAs
 //
 // In its turn a consumer starts dv, dq and dk of a step, then scores and dprobs of the next, and
 // passes the turn on; its exponentials run while the other has its turn. What else it does in its
 // turn, it does beside products that are queued: dq is staged beside dk, and the fence that dq
-// needs before it is sent comes behind the turn (docs/tuning.md has what a turn's parts take). A
-// turn that comes says besides that the other consumer has stored its dscores, of this step for
-// consumer 1 and of the step before for consumer 0, whose dq therefore lags by one, and that it has
-// read the dscores whose place is written next. Two stages of dscores suffice.
+// needs before it is sent comes behind all turns but the last (docs/tuning.md has what a turn's
+// parts take). A turn that comes says besides that the other consumer has stored its dscores, of
+// this step for consumer 1 and of the step before for consumer 0, whose dq therefore lags by one,
+// and that it has read the dscores whose place is written next. Two stages of dscores suffice.
 #pragma once
 
 #include <sm90/backward_steps.cuh>
@@ -201,7 +200,8 @@ struct QueryGradientSender {
           Shapes::query_gradient_offset(kConsumer)}
           .send(stages.staged_sums(kConsumer));
       ptx::bulk_commit();
-      // Who staged last but one has half a step until it stages again.
+      // The second consumer has a step's time until it stages again, the first one that of its dv
+      // and dq.
       ptx::bulk_wait_read<kParts - 1>();
       if (kParts == 1 || sends > 0) stages.sums((kConsumer + kParts - 1) % kParts).release(0);
     }
@@ -233,9 +233,11 @@ __device__ __forceinline__ void produce_backward(const Sm90FusedBackwardParams& 
         load(Shapes::kValueStage, Shapes::kValueOffset, params.v, attention.v.batches);
         RowService<Config, Shapes>(params, stages.memory).await_prepared();
       },
-      // The stage of query tile n is let go of in step n - kQueryStages. What has been staged until
-      // then is sent first.
-      [&](int n) { sender.send_until(2 * (n - Config::kQueryStages)); });
+      // The stage of query tile n is let go of in step n - kQueryStages. What consumers have told
+      // of until then, the parts of the steps before, is sent first. With fewer stages of dout it
+      // must not be later: before a stage of that is let go of, the first consumer may wait for a
+      // part.
+      [&](int n) { sender.send_until(2 * (n - min(Config::kQueryStages, Config::kDoutStages))); });
   sender.send_until(2 * walk.steps());
   ptx::await_previous_grid();  // also without a walk, since who waits for this grid waits for both
   RowService<Config, Shapes>(params, stages.memory).tell_added();
@@ -318,7 +320,7 @@ __device__ __forceinline__ void consume_backward(const Sm90FusedBackwardParams& 
     tile::start_shared_product<Element, Shapes::kHeadDimSteps>(dprobs, v_rows, 0, dout_rows,
                                                                dout_at.stage() * QueryTile::kBytes);
   };
-  // dq of the step whose dscores lie in a stage, and the addition of it once it has come.
+  // dq of the step whose dscores lie in a stage.
   typename Shapes::template QueryGradient<kConsumer> dq;
   const auto start_query_gradient = [&](int stage) {
     if constexpr (Shapes::query_gradient_steps(kConsumer) > 0) {
@@ -477,7 +479,7 @@ __device__ __forceinline__ void backward(const Sm90FusedBackwardParams& params,
 }
 
 // dq = scale * its fp32 sums, rounded, of the groups of heads that the main kernel leaves. One CTA
-// serves one query tile of one head; its two halves read what the two consumers added.
+// serves one query tile of one head; its two halves read the parts of the two consumers.
 template <class Config>
 __device__ __forceinline__ void backward_postprocess(const BackwardParams& params,
                                                      unsigned char* shared) {

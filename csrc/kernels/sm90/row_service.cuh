@@ -229,7 +229,7 @@ struct RowService {
     const float* const sums =
         backward.dq_accum + (static_cast<long long>(head) * backward.padded_rows + first_tile_row) *
                                 backward.padded_columns;
-    // The target's warps have added, and all have read what was staged before.
+    // The target's key tiles have added, and all have read what was staged before.
     ptx::barrier_sync(kServiceBarrier, kServiceThreads);
 #pragma unroll 2
     for (int i = thread; i < Shapes::kQueryGradientBytes / 16; i += kServiceThreads)
