@@ -167,12 +167,11 @@ __device__ __forceinline__ float2 column_pair(const float* vector, int n) {
 }
 
 // lse or delta of a tile's queries, for the columns of an accumulator that a thread holds. Reads
-// are kept half a tile ahead of their use, the first half before a wait for products. Left to
+// are kept ahead of their use, by half a tile or so, the first before a wait for products. Left to
 // itself ptxas has three on their way, and each takes as long as shared memory is busy with the
 // other consumer's products (docs/tuning.md).
-template <class Scores>
+template <class Scores, int kAhead = Scores::kColumnTiles / 2>
 struct ColumnStatistics {
-  static constexpr int kAhead = Scores::kColumnTiles / 2;
   unsigned address;
   float2 ahead[kAhead];
 
@@ -206,9 +205,10 @@ struct ScoreTile {
 };
 
 // From products to probabilities. lse: of the tile's queries.
-template <class Config, class Scores>
+template <class Config, class Scores, int kAhead>
 __device__ __forceinline__ void make_probs(Scores& scores, const AttentionParams& attention,
-                                           const ScoreTile& tile, ColumnStatistics<Scores>& lse) {
+                                           const ScoreTile& tile,
+                                           ColumnStatistics<Scores, kAhead>& lse) {
   const attention::ScoreTransform<Config> transform(attention, tile.batch, tile.head);
   const attention::TransposedScoreLayout layout = tile.layout();
   transform.apply(scores, layout);

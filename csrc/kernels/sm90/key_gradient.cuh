@@ -146,8 +146,10 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
   typename Shapes::Gradient dv;
   Scores scores;
   Scores dprobs;
-  ColumnStatistics<Scores> lse;
-  ColumnStatistics<Scores> delta;
+  // ALiBi takes registers.
+  constexpr int kAhead = Scores::kColumnTiles / (Config::kAlibi ? 4 : 2);
+  ColumnStatistics<Scores, kAhead> lse;
+  ColumnStatistics<Scores, kAhead> delta;
   typename Shapes::Operand rounded_probs;
   typename Shapes::Operand rounded_dscores;
   typename Shapes::KeyPosition keys_at;
