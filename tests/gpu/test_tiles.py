@@ -57,6 +57,26 @@ def test_row(row, case, expected):
     oracle.check(results, expected[case])
 
 
+@pytest.mark.parametrize(
+    ("tiles", "case"),
+    [
+        pytest.param(
+            f"sm90:64,128,{query_stages},{dout_stages}",
+            dataclasses.replace(cases.BY_NAME[MANY_TILES], head_dim=64),
+            id=f"{query_stages}-{dout_stages}",
+        )
+        for query_stages, dout_stages in ((3, 2), (2, 3), (3, 3))
+        if devices.has_family("sm90")
+    ],
+)
+def test_fused_backward_with_other_stages(tiles, case, expected):
+    """Its producer fetches and sends in turns that fit any number of them."""
+    run = program(case, deterministic=False)
+    with testing.override_tiles("backward", tiles):
+        results = jax.block_until_ready(run(inputs.make(case)))
+    oracle.check(results, expected[case])
+
+
 def test_tiles_that_do_not_fit_are_an_error_with_the_reason():
     case = dataclasses.replace(cases.BY_NAME["plain"], head_dim=256)
     largest = next(row for row in tile_table.rows() if row.operation == "forward")
