@@ -168,22 +168,20 @@ struct QueryGradientSender {
   const FusedBackwardStages<Config>& stages;
   const Walk& walk;
   typename Walk::Step step;
-  int sends = 0;  // two for each step
+  int steps_sent = 0;
 
   __device__ __forceinline__ QueryGradientSender(const BackwardParams& params,
                                                  const FusedBackwardStages<Config>& shared_stages,
                                                  const Walk& walked)
       : backward(params), stages(shared_stages), walk(walked), step(walked.first()) {}
 
-  __device__ __forceinline__ void send_until(int count) {
+  // Until the parts of so many steps have been sent.
+  __device__ __forceinline__ void send_until(int steps) {
 #pragma unroll 1
-    for (; sends < count; ++sends) {
-      if (sends % 2 == 0) {
-        send<1>();
-      } else {
-        send<0>();
-        walk.advance(step);
-      }
+    for (; steps_sent < steps; ++steps_sent) {
+      send<1>();
+      send<0>();
+      walk.advance(step);
     }
   }
 
@@ -192,7 +190,7 @@ struct QueryGradientSender {
   __device__ __forceinline__ void send() const {
     if constexpr (kConsumer < kParts) {
       stages.sums(kConsumer).wait_full(
-          typename Shapes::SumsPosition{static_cast<unsigned>(sends / 2)});
+          typename Shapes::SumsPosition{static_cast<unsigned>(steps_sent)});
       const long long row = attention::workspace_row(backward, walk.place.batch, step.head,
                                                      step.query_tile * Config::kTileQ);
       tile::BulkAccumulator<typename Shapes::template QueryGradient<kConsumer>>{
@@ -203,7 +201,9 @@ struct QueryGradientSender {
       // The second consumer has a step's time until it stages again, the first one that of its dv
       // and dq.
       ptx::bulk_wait_read<kParts - 1>();
-      if (kParts == 1 || sends > 0) stages.sums((kConsumer + kParts - 1) % kParts).release(0);
+      // The very first part has none before it.
+      if (kConsumer == 0 || steps_sent > 0)
+        stages.sums((kConsumer + kParts - 1) % kParts).release(0);
     }
   }
 };
@@ -237,8 +237,8 @@ __device__ __forceinline__ void produce_backward(const Sm90FusedBackwardParams& 
       // of until then, the parts of the steps before, is sent first. With fewer stages of dout it
       // must not be later: before a stage of that is let go of, the first consumer may wait for a
       // part.
-      [&](int n) { sender.send_until(2 * (n - min(Config::kQueryStages, Config::kDoutStages))); });
-  sender.send_until(2 * walk.steps());
+      [&](int n) { sender.send_until(n - min(Config::kQueryStages, Config::kDoutStages)); });
+  sender.send_until(walk.steps());
   ptx::await_previous_grid();  // also without a walk, since who waits for this grid waits for both
   RowService<Config, Shapes>(params, stages.memory).tell_added();
 }

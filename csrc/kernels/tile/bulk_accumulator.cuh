@@ -7,7 +7,6 @@
 #pragma once
 
 #include <ptx/tma.cuh>
-#include <ptx/warpgroup.cuh>
 
 namespace jfa::tile {
 
