@@ -300,7 +300,6 @@ __device__ __forceinline__ void consume_backward(const Sm90FusedBackwardParams& 
   };
   ColumnStatistics<Scores> lse;
   ColumnStatistics<Scores> delta;
-  const auto load_lse = [&] { lse.load(statistics(Shapes::kLseOffset, query_at.stage())); };
   const auto finish_scores = [&](const Step& step) {
     const ScoreTile tile = tile_of(step);
     make_probs<Config>(scores, attention, tile, lse);
@@ -314,6 +313,15 @@ __device__ __forceinline__ void consume_backward(const Sm90FusedBackwardParams& 
       make_dscores<Config>(dprobs, n, scores.values[0][n], dropout, transform, tile.layout(),
                            attention.dropout_scale, delta.take(n),
                            statistics(Shapes::kLseOffset, query_at.stage()));
+  };
+
+  // From products that have been started to probabilities, and to dprobs that have come.
+  const auto finish_products = [&](const Step& step) {
+    lse.load(statistics(Shapes::kLseOffset, query_at.stage()));
+    ptx::wgmma_wait<1>();  // scores
+    finish_scores(step);
+    delta.load(statistics(Shapes::kDeltaOffset, dout_at.stage()));
+    ptx::wgmma_wait<0>();  // dprobs
   };
 
   const auto start_dprobs = [&] {
@@ -362,11 +370,7 @@ __device__ __forceinline__ void consume_backward(const Sm90FusedBackwardParams& 
     ptx::mbarrier_wait(stages.keys.full(Shapes::kValueStage), 0);
     stages.dout.wait_full(dout_at);
     start_dprobs();
-    load_lse();
-    ptx::wgmma_wait<1>();  // scores
-    finish_scores(step);
-    delta.load(statistics(Shapes::kDeltaOffset, dout_at.stage()));
-    ptx::wgmma_wait<0>();  // dprobs
+    finish_products(step);
   }
 #pragma unroll 1
   while (remaining > 0) {
@@ -413,11 +417,7 @@ __device__ __forceinline__ void consume_backward(const Sm90FusedBackwardParams& 
     ptx::barrier_arrive(kTurnBarrier + 1 - kConsumer, 256);
     announce_query_gradient();
     walk.advance(step);
-    load_lse();
-    ptx::wgmma_wait<1>();  // scores
-    finish_scores(step);
-    delta.load(statistics(Shapes::kDeltaOffset, dout_at.stage()));
-    ptx::wgmma_wait<0>();  // dprobs
+    finish_products(step);
   }
 
   const auto store_key_gradients = [&] {
