@@ -13,7 +13,7 @@ from jax_flash_attn import _spec
 WORKSPACE_ROW_MULTIPLE = 128
 WORKSPACE_COLUMN_MULTIPLE = 64
 SMALLEST_QUERY_TILE = 16
-HEAD_STATES = 4
+HEAD_STATES = 5
 
 
 Shaped = jax.Array | jax.ShapeDtypeStruct

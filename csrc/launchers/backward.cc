@@ -81,6 +81,7 @@ jfa::BackwardParams backward_params(const BackwardCall& call) {
   params.dq_spoilt = params.spoilt + heads;
   params.prepared = params.dq_spoilt + heads;
   params.added = params.prepared + heads;
+  params.taken = params.added + heads;
   params.turns = call.turns;
   return params;
 }
@@ -145,11 +146,18 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
   if (group_tiles > 0)
     JFA_RETURN_IF_ERROR(
         fill_sm90_params(params, call, specialization.tile_q, specialization.tile_k));
+  if (serves)
+    JFA_RETURN_IF_ERROR(fill_tensor_map(params.out, call.out, shape.seqlen_q, shape.heads,
+                                        shape.head_dim, specialization.tile_q));
 
   const std::int64_t row_blocks = backward.padded_rows / jfa::kWorkspaceRowMultiple;
   const std::int64_t first_ctas = row_blocks * prepares_ahead * group_heads;
   JFA_RETURN_IF_ERROR(launch(*plan.first, specialization.first, first_ctas, stream, &backward));
-  const std::int64_t main_ctas = group_tiles * groups;
+  // CTAs stay, and take one key tile after the other. Without queries nobody has cleared what they
+  // take tiles by, and there is little to do.
+  const std::int64_t key_tiles = group_tiles * groups;
+  const std::int64_t main_ctas =
+      first_ctas > 0 ? std::min<std::int64_t>(key_tiles, plan.multiprocessors) : key_tiles;
   JFA_RETURN_IF_ERROR(
       launch(*plan.main, specialization.main, main_ctas, stream, &params, first_ctas > 0));
   const std::int64_t query_tiles = ceil_div(shape.seqlen_q, specialization.tile_q);

@@ -286,7 +286,7 @@ StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
   const std::string source =
       program(file, config, sm90::kBackwardThreads, 1, entry, "Sm90FusedBackwardParams",
               "jfa::sm90::backward<Config>(params, shared)",
-              needs_shared("sm90::FusedBackwardMemory", shared_bytes));
+              needs_shared("sm90::BackwardShapes", shared_bytes));
   return BackwardSpecialization{
       Family::kSm90,
       sm90::describe(tiles),

@@ -47,6 +47,15 @@ MANY_CTAS = (
     dataclasses.replace(PLAIN, name="dropout", head_dim=128, dropout_p=0.2),
     dataclasses.replace(PLAIN, name="softcap", head_dim=96, softcap=10.0),
     dataclasses.replace(PLAIN, name="narrow", head_dim=24),
+    # Key tiles without a step.
+    dataclasses.replace(
+        PLAIN, name="unseen_keys", seqlen_q=500, seqlen_k=1400, window_size=(400, 0)
+    ),
+    dataclasses.replace(
+        PLAIN, name="one_step", seqlen_q=60, seqlen_k=700, dropout_p=0.2
+    ),
+    # Its consumers need the idle warps' registers.
+    dataclasses.replace(PLAIN, name="without_service", head_dim=128, softcap=10.0),
 )
 
 

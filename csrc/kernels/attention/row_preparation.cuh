@@ -20,10 +20,9 @@ __device__ __forceinline__ void clear_sums(const BackwardParams& params, int bat
     sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
-// How kThreads threads, whole warps, share rows of out and of dout.
-template <class Config, int kThreads>
+// How kThreads threads, whole warps, share rows of out and of dout, of kChunks times 16 bytes.
+template <int kChunks, int kThreads>
 struct RowDots {
-  static constexpr int kChunks = Config::kHeadDim / 8;  // of 16 bytes
   static constexpr int kThreadsPerRow = kChunks > 16 ? 32 : kChunks > 8 ? 16 : 8;
   static constexpr int kRowsPerPass = kThreads / kThreadsPerRow;
 

@@ -15,7 +15,7 @@ constexpr int kWorkspaceColumnMultiple = 64;
 constexpr int kSmallestQueryTile = 16;
 // Numbers that the CTAs of a backward keep of each head: BackwardParams' spoilt and what follows
 // it.
-constexpr int kHeadStates = 4;
+constexpr int kHeadStates = 5;
 
 struct BackwardParams {
   AttentionParams attention;
@@ -34,8 +34,9 @@ struct BackwardParams {
   // group:
   int* spoilt;      // whether the key head's dk and dv need containing
   int* dq_spoilt;   // whether dq of the query head does, where the main kernel has rounded it
-  int* prepared;    // CTAs of the main kernel that have prepared their share of the group's rows
-  int* added;       // CTAs of it that have added all they have to dq of the group
+  int* prepared;    // key tiles whose CTAs have prepared their share of the group's rows
+  int* added;       // key tiles whose additions to dq of the group are all there
+  int* taken;       // of the first head alone: key tiles that CTAs have taken
   int* turns;       // (batch, heads, padded_rows / kSmallestQueryTile); null unless deterministic
   int lse_batches;  // lse and dlse of batch b are those of b % lse_batches
   int dlse_batches;
@@ -57,6 +58,7 @@ struct Sm90BackwardParams {
 // groups back. What they leave, the first and the last groups, is for the kernels before and
 // behind.
 struct Sm90FusedBackwardParams : Sm90BackwardParams {
+  TensorMap out;  // boxes like those of dout
   int prepares_ahead;
   int rounds_behind;
   int last_groups;  // that come in another order (sm90/fused_place.cuh)

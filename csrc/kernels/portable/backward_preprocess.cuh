@@ -36,7 +36,7 @@ __device__ __forceinline__ void backward_preprocess(const BackwardParams& params
   // First, since nobody waits for stores: they are on their way while rows are read.
   attention::clear_sums<kPreprocessThreads>(params, place.batch, place.head, place.tile,
                                             threadIdx.x);
-  using Dots = attention::RowDots<Config, kPreprocessThreads>;
+  using Dots = attention::RowDots<Config::kHeadDim / 8, kPreprocessThreads>;
   const attention::RowStatistics statistics(params, place.batch, place.head);
   const int chunk = Dots::read_chunk(threadIdx.x);
   const unsigned short* out = attention::head_address(params.out, place.batch, place.head);

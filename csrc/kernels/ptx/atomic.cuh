@@ -28,6 +28,16 @@ __device__ __forceinline__ void add_release(int* flag, int value) {
   asm volatile("red.global.release.gpu.add.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 
+// Returns *counter and adds to it, in no order with anything else.
+__device__ __forceinline__ int add_relaxed(int* counter, int value) {
+  int before;
+  asm volatile("atom.global.relaxed.gpu.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
+  return before;
+}
+
 // Waits until *flag, which only grows, is `value`. What was written before its release can then be
 // read by this thread.
 __device__ __forceinline__ void await_flag(const int* flag, int value) {

@@ -27,6 +27,21 @@ __device__ __forceinline__ void mbarrier_arrive_expect(unsigned barrier, int byt
                : "memory");
 }
 
+// Returns whether mbarrier_wait would return at once.
+__device__ __forceinline__ bool mbarrier_test(unsigned barrier, unsigned parity) {
+  unsigned done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity) {
   // try_wait sleeps for a time that the hardware chooses, and may return without success.
   asm volatile(

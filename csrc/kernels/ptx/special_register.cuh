@@ -16,6 +16,12 @@ __device__ __forceinline__ unsigned reread_cta() {
   return cta;
 }
 
+__device__ __forceinline__ int reread_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // The same value, of which the compiler knows nothing: what follows from it is worked out where it
 // is used, not before.
 __device__ __forceinline__ unsigned opaque(unsigned value) {

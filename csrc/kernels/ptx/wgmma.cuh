@@ -48,54 +48,65 @@ __device__ __forceinline__ void wgmma_wait() {
 #define JFA_REGISTERS_224 JFA_REGISTERS_208 ", " "%104, %105, %106, %107, %108, %109, %110, %111"
 #define JFA_REGISTERS_240 JFA_REGISTERS_224 ", " "%112, %113, %114, %115, %116, %117, %118, %119"
 #define JFA_REGISTERS_256 JFA_REGISTERS_240 ", " "%120, %121, %122, %123, %124, %125, %126, %127"
-#define JFA_VALUES_16(d) "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3])
-#define JFA_VALUES_32(d) JFA_VALUES_16(d), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
-#define JFA_VALUES_48(d) JFA_VALUES_32(d), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3])
-#define JFA_VALUES_64(d) JFA_VALUES_48(d), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-#define JFA_VALUES_80(d) JFA_VALUES_64(d), "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3])
-#define JFA_VALUES_96(d) JFA_VALUES_80(d), "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3])
-#define JFA_VALUES_112(d) JFA_VALUES_96(d), "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3])
-#define JFA_VALUES_128(d) JFA_VALUES_112(d), "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
-#define JFA_VALUES_144(d) JFA_VALUES_128(d), "+f"(d[16][0]), "+f"(d[16][1]), "+f"(d[16][2]), "+f"(d[16][3]), "+f"(d[17][0]), "+f"(d[17][1]), "+f"(d[17][2]), "+f"(d[17][3])
-#define JFA_VALUES_160(d) JFA_VALUES_144(d), "+f"(d[18][0]), "+f"(d[18][1]), "+f"(d[18][2]), "+f"(d[18][3]), "+f"(d[19][0]), "+f"(d[19][1]), "+f"(d[19][2]), "+f"(d[19][3])
-#define JFA_VALUES_176(d) JFA_VALUES_160(d), "+f"(d[20][0]), "+f"(d[20][1]), "+f"(d[20][2]), "+f"(d[20][3]), "+f"(d[21][0]), "+f"(d[21][1]), "+f"(d[21][2]), "+f"(d[21][3])
-#define JFA_VALUES_192(d) JFA_VALUES_176(d), "+f"(d[22][0]), "+f"(d[22][1]), "+f"(d[22][2]), "+f"(d[22][3]), "+f"(d[23][0]), "+f"(d[23][1]), "+f"(d[23][2]), "+f"(d[23][3])
-#define JFA_VALUES_208(d) JFA_VALUES_192(d), "+f"(d[24][0]), "+f"(d[24][1]), "+f"(d[24][2]), "+f"(d[24][3]), "+f"(d[25][0]), "+f"(d[25][1]), "+f"(d[25][2]), "+f"(d[25][3])
-#define JFA_VALUES_224(d) JFA_VALUES_208(d), "+f"(d[26][0]), "+f"(d[26][1]), "+f"(d[26][2]), "+f"(d[26][3]), "+f"(d[27][0]), "+f"(d[27][1]), "+f"(d[27][2]), "+f"(d[27][3])
-#define JFA_VALUES_240(d) JFA_VALUES_224(d), "+f"(d[28][0]), "+f"(d[28][1]), "+f"(d[28][2]), "+f"(d[28][3]), "+f"(d[29][0]), "+f"(d[29][1]), "+f"(d[29][2]), "+f"(d[29][3])
-#define JFA_VALUES_256(d) JFA_VALUES_240(d), "+f"(d[30][0]), "+f"(d[30][1]), "+f"(d[30][2]), "+f"(d[30][3]), "+f"(d[31][0]), "+f"(d[31][1]), "+f"(d[31][2]), "+f"(d[31][3])
+#define JFA_VALUES_16(constraint, d) constraint(d[0][0]), constraint(d[0][1]), constraint(d[0][2]), constraint(d[0][3]), constraint(d[1][0]), constraint(d[1][1]), constraint(d[1][2]), constraint(d[1][3])
+#define JFA_VALUES_32(constraint, d) JFA_VALUES_16(constraint, d), constraint(d[2][0]), constraint(d[2][1]), constraint(d[2][2]), constraint(d[2][3]), constraint(d[3][0]), constraint(d[3][1]), constraint(d[3][2]), constraint(d[3][3])
+#define JFA_VALUES_48(constraint, d) JFA_VALUES_32(constraint, d), constraint(d[4][0]), constraint(d[4][1]), constraint(d[4][2]), constraint(d[4][3]), constraint(d[5][0]), constraint(d[5][1]), constraint(d[5][2]), constraint(d[5][3])
+#define JFA_VALUES_64(constraint, d) JFA_VALUES_48(constraint, d), constraint(d[6][0]), constraint(d[6][1]), constraint(d[6][2]), constraint(d[6][3]), constraint(d[7][0]), constraint(d[7][1]), constraint(d[7][2]), constraint(d[7][3])
+#define JFA_VALUES_80(constraint, d) JFA_VALUES_64(constraint, d), constraint(d[8][0]), constraint(d[8][1]), constraint(d[8][2]), constraint(d[8][3]), constraint(d[9][0]), constraint(d[9][1]), constraint(d[9][2]), constraint(d[9][3])
+#define JFA_VALUES_96(constraint, d) JFA_VALUES_80(constraint, d), constraint(d[10][0]), constraint(d[10][1]), constraint(d[10][2]), constraint(d[10][3]), constraint(d[11][0]), constraint(d[11][1]), constraint(d[11][2]), constraint(d[11][3])
+#define JFA_VALUES_112(constraint, d) JFA_VALUES_96(constraint, d), constraint(d[12][0]), constraint(d[12][1]), constraint(d[12][2]), constraint(d[12][3]), constraint(d[13][0]), constraint(d[13][1]), constraint(d[13][2]), constraint(d[13][3])
+#define JFA_VALUES_128(constraint, d) JFA_VALUES_112(constraint, d), constraint(d[14][0]), constraint(d[14][1]), constraint(d[14][2]), constraint(d[14][3]), constraint(d[15][0]), constraint(d[15][1]), constraint(d[15][2]), constraint(d[15][3])
+#define JFA_VALUES_144(constraint, d) JFA_VALUES_128(constraint, d), constraint(d[16][0]), constraint(d[16][1]), constraint(d[16][2]), constraint(d[16][3]), constraint(d[17][0]), constraint(d[17][1]), constraint(d[17][2]), constraint(d[17][3])
+#define JFA_VALUES_160(constraint, d) JFA_VALUES_144(constraint, d), constraint(d[18][0]), constraint(d[18][1]), constraint(d[18][2]), constraint(d[18][3]), constraint(d[19][0]), constraint(d[19][1]), constraint(d[19][2]), constraint(d[19][3])
+#define JFA_VALUES_176(constraint, d) JFA_VALUES_160(constraint, d), constraint(d[20][0]), constraint(d[20][1]), constraint(d[20][2]), constraint(d[20][3]), constraint(d[21][0]), constraint(d[21][1]), constraint(d[21][2]), constraint(d[21][3])
+#define JFA_VALUES_192(constraint, d) JFA_VALUES_176(constraint, d), constraint(d[22][0]), constraint(d[22][1]), constraint(d[22][2]), constraint(d[22][3]), constraint(d[23][0]), constraint(d[23][1]), constraint(d[23][2]), constraint(d[23][3])
+#define JFA_VALUES_208(constraint, d) JFA_VALUES_192(constraint, d), constraint(d[24][0]), constraint(d[24][1]), constraint(d[24][2]), constraint(d[24][3]), constraint(d[25][0]), constraint(d[25][1]), constraint(d[25][2]), constraint(d[25][3])
+#define JFA_VALUES_224(constraint, d) JFA_VALUES_208(constraint, d), constraint(d[26][0]), constraint(d[26][1]), constraint(d[26][2]), constraint(d[26][3]), constraint(d[27][0]), constraint(d[27][1]), constraint(d[27][2]), constraint(d[27][3])
+#define JFA_VALUES_240(constraint, d) JFA_VALUES_224(constraint, d), constraint(d[28][0]), constraint(d[28][1]), constraint(d[28][2]), constraint(d[28][3]), constraint(d[29][0]), constraint(d[29][1]), constraint(d[29][2]), constraint(d[29][3])
+#define JFA_VALUES_256(constraint, d) JFA_VALUES_240(constraint, d), constraint(d[30][0]), constraint(d[30][1]), constraint(d[30][2]), constraint(d[30][3]), constraint(d[31][0]), constraint(d[31][1]), constraint(d[31][2]), constraint(d[31][3])
 // clang-format on
 
-// Wgmma<Element, kColumns>: the product of one width. `accumulate` is 0 to overwrite acc.
+// Wgmma<Element, kColumns>: the product of one width. `accumulate` is 0 to overwrite acc, in the
+// registers that it has; overwrite() may do so in others.
 // kTransposed: rows of B's shared tile are rows of B, otherwise they are its columns.
 template <class Element, int kColumns>
 struct Wgmma;
 
-#define JFA_WGMMA(ELEMENT, TYPE, COLUMNS, A0, A1, A2, A3, A4, A5, A6)                             \
-  template <>                                                                                     \
-  struct Wgmma<ELEMENT, COLUMNS> {                                                                \
-    template <bool kTransposed>                                                                   \
-    static __device__ __forceinline__ void multiply(float (&d)[COLUMNS / 8][4],                   \
-                                                    unsigned long long a, unsigned long long b,   \
-                                                    int accumulate) {                             \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " A2                                         \
-                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE    \
-                   " {" JFA_REGISTERS_##COLUMNS "}, " A0 ", " A1 ", p, 1, 1, 0, " A3 ";\n}\n"     \
-                   : JFA_VALUES_##COLUMNS(d)                                                      \
-                   : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposed ? 1 : 0));                  \
-    }                                                                                             \
-    template <bool kTransposed>                                                                   \
-    static __device__ __forceinline__ void multiply(float (&d)[COLUMNS / 8][4],                   \
-                                                    const unsigned (&a)[4], unsigned long long b, \
-                                                    int accumulate) {                             \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " A5                                         \
-                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE    \
-                   " {" JFA_REGISTERS_##COLUMNS "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " A4        \
-                                                ", p, 1, 1, " A6 ";\n}\n"                         \
-                   : JFA_VALUES_##COLUMNS(d)                                                      \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),         \
-                     "n"(kTransposed ? 1 : 0));                                                   \
-    }                                                                                             \
+#define JFA_WGMMA(ELEMENT, TYPE, COLUMNS, A0, A1, A2, A3, A4, A5, A6)                              \
+  template <>                                                                                      \
+  struct Wgmma<ELEMENT, COLUMNS> {                                                                 \
+    template <bool kTransposed>                                                                    \
+    static __device__ __forceinline__ void overwrite(float (&d)[COLUMNS / 8][4],                   \
+                                                     unsigned long long a, unsigned long long b) { \
+      asm volatile(                                                                                \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                               \
+          "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                    \
+          " {" JFA_REGISTERS_##COLUMNS "}, " A0 ", " A1 ", p, 1, 1, 0, " A2 ";\n}\n"               \
+          : JFA_VALUES_##COLUMNS("=f", d)                                                          \
+          : "l"(a), "l"(b), "n"(kTransposed ? 1 : 0));                                             \
+    }                                                                                              \
+    template <bool kTransposed>                                                                    \
+    static __device__ __forceinline__ void multiply(float (&d)[COLUMNS / 8][4],                    \
+                                                    unsigned long long a, unsigned long long b,    \
+                                                    int accumulate) {                              \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " A2                                          \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE     \
+                   " {" JFA_REGISTERS_##COLUMNS "}, " A0 ", " A1 ", p, 1, 1, 0, " A3 ";\n}\n"      \
+                   : JFA_VALUES_##COLUMNS("+f", d)                                                 \
+                   : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposed ? 1 : 0));                   \
+    }                                                                                              \
+    template <bool kTransposed>                                                                    \
+    static __device__ __forceinline__ void multiply(float (&d)[COLUMNS / 8][4],                    \
+                                                    const unsigned (&a)[4], unsigned long long b,  \
+                                                    int accumulate) {                              \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " A5                                          \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE     \
+                   " {" JFA_REGISTERS_##COLUMNS "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " A4         \
+                                                ", p, 1, 1, " A6 ";\n}\n"                          \
+                   : JFA_VALUES_##COLUMNS("+f", d)                                                 \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),          \
+                     "n"(kTransposed ? 1 : 0));                                                    \
+    }                                                                                              \
   };
 #define JFA_WGMMA_BOTH(COLUMNS, ...)                \
   JFA_WGMMA(BFloat16, "bf16", COLUMNS, __VA_ARGS__) \

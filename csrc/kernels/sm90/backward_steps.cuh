@@ -38,6 +38,7 @@ struct BackwardWalk {
   int first_key;
   attention::Range query_tiles;
 
+  BackwardWalk() = default;
   __device__ __forceinline__ BackwardWalk(const AttentionParams& attention,
                                           const attention::TilePlace& tile_place)
       : place(tile_place),
@@ -84,7 +85,7 @@ struct BackwardStages {
 
 // Fetches the query tiles of a walk: q before dout, since consumers start scores before dprobs.
 // load_keys() follows the first q; it may wait for the statistics, too. before_query(n) comes
-// before query tile n of the walk, n > 0, is fetched. Threads: one.
+// before query tile n of the walk is fetched. Threads: one.
 template <class Config, class Shapes, class Walk, class LoadKeys, class BeforeQuery>
 __device__ __forceinline__ void load_queries(const TensorMap& q, const TensorMap& dout,
                                              const BackwardParams& backward,
@@ -121,6 +122,7 @@ __device__ __forceinline__ void load_queries(const TensorMap& q, const TensorMap
   int remaining = walk.steps();
   if (remaining == 0) return;
   typename Walk::Step step = walk.first();
+  before_query(0);
   load_query(step, load_keys);
 #pragma unroll 1
   while (true) {

@@ -1,28 +1,29 @@
 // What the three warps beside the producer of the fused backward do for other heads while the
 // products run, so that no kernel before and none behind has to do it for all of them:
 //
-//   prepare  what a group's CTAs start from: zeros for dq, and statistics of the query rows
-//   round    the dq sums of a group that all its CTAs have added to, to 16 bits
+//   prepare  what a group's key tiles start from: zeros for dq, and statistics of the query rows
+//   round    the dq sums of a group that all its key tiles have added to, to 16 bits
 //
-// A group is a key head with the query heads that read it. The CTAs of a group, one for each key
-// tile, follow each other in the grid but for the last groups' (sm90/fused_place.cuh), and share
-// this work by the time they have: they prepare for the group `prepares_ahead` on and round for the
-// one `rounds_behind` back, which they find in L2. Those of the first groups find their rows
-// prepared by the kernel before, and the kernel behind rounds what is left.
+// A group is a key head with the query heads that read it. Its key tiles follow each other but for
+// the last groups' (sm90/fused_place.cuh), and a share of this work goes with each, by the time
+// that it takes: with them come rows of the group `prepares_ahead` on, and of the one
+// `rounds_behind` back, which lie in L2. The first groups find their rows prepared by the
+// kernel before, and the kernel behind rounds what is left.
 //
-// A CTA waits only for CTAs with smaller block indices, which the hardware starts first, so it
-// never waits for one that can't run. The last groups have none to prepare for.
+// With a key tile a CTA waits only for what comes with earlier ones, which have been taken by then,
+// and whose CTAs do not wait for this one. The last groups have none to prepare for.
 #pragma once
 
 #include <attention/head_address.cuh>
 #include <attention/row_preparation.cuh>
 #include <params/backward_params.h>
 #include <ptx/atomic.cuh>
-#include <ptx/cp_async.cuh>
 #include <ptx/grid_dependency.cuh>
+#include <ptx/mbarrier.cuh>
 #include <ptx/tma.cuh>
 #include <ptx/warpgroup.cuh>
 #include <sm90/fused_place.cuh>
+#include <sm90/load_tile.cuh>
 #include <tile/bulk_accumulator.cuh>
 #include <tile/fragment.cuh>
 #include <tile/shared_tile.cuh>
@@ -37,25 +38,31 @@ constexpr int kServiceStagingBytes = 32 * 1024;
 
 // Shared memory of the service warps: rows of out and of dout and their products, or the dq sums of
 // a query tile.
-template <class Config, class Shapes>
+template <class QueryTile>
 struct ServiceStaging {
-  using Dots = attention::RowDots<Config, kServiceThreads>;
-  static constexpr int kRowBytes = Config::kHeadDim * 2;
-  static constexpr int kRows = Config::kHeadDim > 64 ? 64 : 128;
+  // The columns behind the last are zeros in both.
+  using Dots = attention::RowDots<QueryTile::kPanels * 8, kServiceThreads>;
+  static constexpr int kRows = QueryTile::kRows;
   static_assert(kWorkspaceRowMultiple % kRows == 0, "a block is staged in whole parts");
   static constexpr int kRowsPerThread = (kRows + kServiceThreads - 1) / kServiceThreads;
   // Whole warps run each pass.
   static constexpr int kRowsOfPasses =
       (kRows + Dots::kRowsPerPass - 1) / Dots::kRowsPerPass * Dots::kRowsPerPass;
-  static constexpr int kRowsBytes = 2 * kRows * kRowBytes;
   static constexpr int kSumsOffset = kServiceStagingBytes;
-  static constexpr int kBytes = kSumsOffset + kRows * static_cast<int>(sizeof(float));
-  static_assert(kRowsBytes <= kServiceStagingBytes &&
-                    Shapes::kQueryGradientBytes <= kServiceStagingBytes,
-                "what is staged at a time");
+  static constexpr int kFetchOffset = kSumsOffset + kRows * static_cast<int>(sizeof(float));
+  // A barrier, and for each warp how many fetches it has awaited: its loops leave no register.
+  static constexpr int kBytes = (kFetchOffset + 8 + kServiceWarps * 4 + 15) / 16 * 16;
+  static_assert(2 * QueryTile::kBytes <= kServiceStagingBytes, "out and dout of a query tile");
+
+  // Threads: one, before a CTA barrier.
+  static __device__ __forceinline__ void init(unsigned char* staging) {
+    ptx::mbarrier_init(tile::shared_address(staging) + kFetchOffset, 1);
+    for (int warp = 0; warp < kServiceWarps; ++warp)
+      reinterpret_cast<volatile unsigned*>(staging + kFetchOffset + 8)[warp] = 0;
+  }
 };
 
-// A CTA's share of [0, count).
+// The share of [0, count) that goes with a key tile.
 struct ServiceShare {
   int begin;
   int end;
@@ -63,23 +70,24 @@ struct ServiceShare {
 
 template <class Config, class Shapes>
 struct RowService {
-  using Staging = ServiceStaging<Config, Shapes>;
+  using QueryTile = typename Shapes::QueryTile;
+  using Staging = ServiceStaging<QueryTile>;
+  static_assert(Shapes::kQueryGradientBytes <= kServiceStagingBytes, "dq sums of a query tile");
   const Sm90FusedBackwardParams& params;
   unsigned char* staging;
-  int tiles;  // CTAs of a group
-  int tile;   // this one among them
+  int tiles;  // key tiles of a group
+  int tile;   // the one that this goes with
   int group;  // counted through the whole batch
 
-  __device__ __forceinline__ RowService(const Sm90FusedBackwardParams& fused, unsigned char* shared)
+  __device__ __forceinline__ RowService(const Sm90FusedBackwardParams& fused, unsigned char* shared,
+                                        const attention::TilePlace& place)
       : params(fused),
         staging(shared + Shapes::kServiceOffset),
-        tiles((fused.backward.attention.seqlen_k + Config::kTileK - 1) / Config::kTileK) {
-    const attention::TilePlace place = fused_place<Config>(fused);
-    tile = place.tile;
-    group = place.batch * fused.backward.attention.heads_k + place.head;
-  }
+        tiles(group_key_tiles<Config>(fused)),
+        tile(place.tile),
+        group(place.batch * fused.backward.attention.heads_k + place.head) {}
 
-  // For the producer: until the rows of the own group are prepared. Threads: one.
+  // For the producer: until the rows of the key tile's group are prepared. Threads: one.
   __device__ __forceinline__ void await_prepared() const {
     ptx::await_previous_grid();
     if (!Config::kServesRows || group < params.prepares_ahead) return;
@@ -87,7 +95,13 @@ struct RowService {
     ptx::fence_async_proxy_global();  // the copy engine reads what threads wrote
   }
 
-  // For the producer, behind its last addition. Threads: one.
+  // Whether it would return at once, where the kernel before has ended.
+  __device__ __forceinline__ bool is_prepared() const {
+    return !Config::kServesRows || group < params.prepares_ahead ||
+           ptx::load_acquire(state_of(params.backward.prepared, group)) >= tiles;
+  }
+
+  // For the producer, behind its last addition with the key tile. Threads: one.
   __device__ __forceinline__ void tell_added() const {
     ptx::bulk_wait();  // also since shared memory ends with the CTA
     if constexpr (Config::kServesRows) {
@@ -97,9 +111,8 @@ struct RowService {
     }
   }
 
-  // Threads: the service warps, also of the next.
+  // Threads: the service warps, also of the next ones.
   __device__ __forceinline__ void prepare() const {
-    const int thread = service_thread();
     const BackwardParams& backward = params.backward;
     const AttentionParams& attention = backward.attention;
     const int target = group + params.prepares_ahead;
@@ -111,17 +124,28 @@ struct RowService {
       const int head = target * group_heads() + i / head_blocks;
       const int batch = head / attention.heads;
       const int block = i % head_blocks;
-      attention::clear_sums<kServiceThreads>(backward, batch, head % attention.heads, block,
-                                             thread);
+      // The thread is read anew each time, or what follows from it would stay in registers.
 #pragma unroll 1
       for (int row = 0; row < kWorkspaceRowMultiple; row += Staging::kRows)
-        prepare_rows(batch, head % attention.heads, block * kWorkspaceRowMultiple + row, thread);
+        prepare_rows(batch, head % attention.heads, block * kWorkspaceRowMultiple + row,
+                     service_thread(), [&] {
+                       // While rows are on their way.
+                       if (row == 0)
+                         attention::clear_sums<kServiceThreads>(
+                             backward, batch, head % attention.heads, block, service_thread());
+                     });
     }
+  }
+
+  __device__ __forceinline__ void tell_prepared() const {
+    const AttentionParams& attention = params.backward.attention;
+    const int target = group + params.prepares_ahead;
+    if (target >= attention.batch * attention.heads_k) return;
     ptx::barrier_sync(kServiceBarrier, kServiceThreads);  // all have written
-    if (thread == 0) {
+    if (service_thread() == 0) {
       ptx::fence_async_proxy_global();  // the copy engine adds to what threads wrote
       ptx::await_previous_grid();       // which has cleared the counter
-      ptx::add_release(state_of(backward.prepared, target), 1);
+      ptx::add_release(state_of(params.backward.prepared, target), 1);
     }
   }
 
@@ -136,6 +160,7 @@ struct RowService {
     if (thread == 0) {
       ptx::await_previous_grid();  // which has cleared the counter
       ptx::await_flag(state_of(backward.added, target), tiles);
+      ptx::fence_async_proxy_global();  // the copy engine reads what others have heard of
     }
 #pragma unroll 1
     for (int i = query_tiles.begin; i < query_tiles.end; ++i)
@@ -144,9 +169,19 @@ struct RowService {
   }
 
  private:
-  static __device__ __forceinline__ int service_thread() {
-    return static_cast<int>(threadIdx.x) - 32;
+  __device__ __forceinline__ unsigned fetch_barrier() const {
+    return tile::shared_address(staging) + Staging::kFetchOffset;
   }
+  // Until what has been fetched last is there. Threads: the service warps.
+  __device__ __forceinline__ void await_fetch() const {
+    volatile unsigned& fetches = reinterpret_cast<volatile unsigned*>(
+        staging + Staging::kFetchOffset + 8)[ptx::uniform(service_thread() / 32)];
+    ptx::mbarrier_wait(fetch_barrier(), fetches % 2);
+    __syncwarp();  // all lanes have read it
+    if (ptx::elect_lane()) fetches = fetches + 1;
+    __syncwarp();
+  }
+  static __device__ __forceinline__ int service_thread() { return ptx::reread_thread() - 32; }
   __device__ __forceinline__ int group_heads() const {
     const AttentionParams& attention = params.backward.attention;
     return attention.heads / attention.heads_k;
@@ -168,46 +203,43 @@ struct RowService {
   }
 
   // Staging::kRows of them, by way of shared memory: registers for so many reads there are none.
-  __device__ __forceinline__ void prepare_rows(int batch, int head, int first_row,
-                                               int thread) const {
+  template <class Meanwhile>
+  __device__ __forceinline__ void prepare_rows(int batch, int head, int first_row, int thread,
+                                               Meanwhile meanwhile) const {
     using Dots = typename Staging::Dots;
     const BackwardParams& backward = params.backward;
-    const auto stage = [&](const TensorView& view, int offset) {
-      const unsigned short* const rows =
-          attention::head_address(view, batch, head) + thread % Dots::kThreadsPerRow * 8;
-      if (thread % Dots::kThreadsPerRow >= Dots::kChunks) return;
-#pragma unroll 2
-      for (int row = thread / Dots::kThreadsPerRow; row < Staging::kRows;
-           row += Dots::kRowsPerPass) {
-        const int read_row = first_row + row;
-        ptx::cp_async_16(tile::shared_address(staging) + offset + row * Staging::kRowBytes +
-                             thread % Dots::kThreadsPerRow * 16,
-                         rows + static_cast<long long>(read_row) * view.row_stride,
-                         read_row < backward.attention.seqlen_q);
-      }
-    };
     ptx::barrier_sync(kServiceBarrier, kServiceThreads);  // all have read what was staged before
-    stage(backward.out, 0);
-    stage(backward.dout, Staging::kRows * Staging::kRowBytes);
-    ptx::cp_async_commit();
+    if (thread == 0) {
+      ptx::mbarrier_arrive_expect(fetch_barrier(), 2 * QueryTile::kBytes);
+      const auto fetch = [&](int offset, const TensorMap& map, const TensorView& view,
+                             unsigned long long cache_policy) {
+        load_tile<QueryTile>(tile::shared_address(staging) + offset, map, fetch_barrier(),
+                             cache_policy, first_row, head,
+                             attention::own_batch(batch, view.batches));
+      };
+      fetch(0, params.out, backward.out, ptx::kEvictFirst);
+      fetch(QueryTile::kBytes, params.dout, backward.dout, ptx::kEvictLast);
+    }
+    meanwhile();
     const attention::RowStatistics statistics(backward, batch, head);
     attention::RowStatistics::Row known[Staging::kRowsPerThread];
 #pragma unroll
     for (int i = 0; i < Staging::kRowsPerThread; ++i)
       known[i] = statistics.load(first_row + i * kServiceThreads + thread);
-    ptx::cp_async_wait<0>();
-    ptx::barrier_sync(kServiceBarrier, kServiceThreads);  // out and dout are there
+    await_fetch();
 
     float* const sums = reinterpret_cast<float*>(staging + Staging::kSumsOffset);
+    const int chunk = Dots::read_chunk(thread);
 #pragma unroll 2
     for (int row = thread / Dots::kThreadsPerRow; row < Staging::kRowsOfPasses;
          row += Dots::kRowsPerPass) {
-      const unsigned char* const chunk = staging +
-                                         min(row, Staging::kRows - 1) * Staging::kRowBytes +
-                                         Dots::read_chunk(thread) * 16;
+      // In which order a row's chunks lie is the same in both.
+      const unsigned char* const lies = staging + chunk / 8 * QueryTile::kPanelBytes +
+                                        min(row, Staging::kRows - 1) * tile::kPanelRowBytes +
+                                        chunk % 8 * 16;
       const float dot = attention::dot_chunk<typename Config::Element>(
-          reinterpret_cast<const unsigned short*>(chunk),
-          reinterpret_cast<const unsigned short*>(chunk + Staging::kRows * Staging::kRowBytes));
+          reinterpret_cast<const unsigned short*>(lies),
+          reinterpret_cast<const unsigned short*>(lies + QueryTile::kBytes));
       const float sum = Dots::join(dot, thread);
       if (thread % Dots::kThreadsPerRow == 0 && row < Staging::kRows) sums[row] = sum;
     }
@@ -231,12 +263,12 @@ struct RowService {
                                 backward.padded_columns;
     // The target's key tiles have added, and all have read what was staged before.
     ptx::barrier_sync(kServiceBarrier, kServiceThreads);
-#pragma unroll 2
-    for (int i = thread; i < Shapes::kQueryGradientBytes / 16; i += kServiceThreads)
-      ptx::cp_async_16(tile::shared_address(staging) + i * 16, sums + i * 4, true);
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
-    ptx::barrier_sync(kServiceBarrier, kServiceThreads);  // the sums are there
+    if (thread == 0) {
+      ptx::mbarrier_arrive_expect(fetch_barrier(), Shapes::kQueryGradientBytes);
+      ptx::bulk_load(tile::shared_address(staging), sums, Shapes::kQueryGradientBytes,
+                     fetch_barrier());
+    }
+    await_fetch();
 
     unsigned short* const dq =
         attention::head_address(backward.dq, head / attention.heads, head % attention.heads);

@@ -51,17 +51,24 @@ struct ColumnDescriptor {
 
 // Starts acc = A * B over 16 * kSteps elements of what is summed, as one batch. The rows of A run
 // along M; B is a RowDescriptor, whose rows run along N, or a ColumnDescriptor, whose columns do.
+// kFresh: with registers of its own for acc, which need not be those that acc had before. Where a
+// loop around has no registers to spare for both, or for moves between them, one or the other form
+// may not fit.
 // Threads: a whole warpgroup, warp-uniform arguments.
-template <class Element, int kSteps, class Acc, class TileA, class DescriptorB>
+template <class Element, int kSteps, bool kFresh = false, class Acc, class TileA, class DescriptorB>
 __device__ __forceinline__ void start_shared_product(Acc& acc, const RowDescriptor<TileA>& a,
                                                      unsigned a_offset, const DescriptorB& b,
                                                      unsigned b_offset) {
   static_assert(Acc::kRowTiles == 1, "a warp of a warpgroup holds one 16-row block");
+  using Product = ptx::Wgmma<Element, Acc::kColumnTiles * 8>;
   ptx::wgmma_fence();
+  if constexpr (kFresh)
+    Product::template overwrite<DescriptorB::kRowsSummed>(acc.values[0], a.at(a_offset, 0),
+                                                          b.at(b_offset, 0));
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step)
-    ptx::Wgmma<Element, Acc::kColumnTiles * 8>::template multiply<DescriptorB::kRowsSummed>(
-        acc.values[0], a.at(a_offset, step), b.at(b_offset, step), step > 0);
+  for (int step = kFresh; step < kSteps; ++step)
+    Product::template multiply<DescriptorB::kRowsSummed>(acc.values[0], a.at(a_offset, step),
+                                                         b.at(b_offset, step), step > 0);
   ptx::wgmma_commit();
 }
 

@@ -49,6 +49,9 @@ struct Ring {
   __device__ __forceinline__ void await_empty(const RingPosition<kStages>& at) const {
     ptx::mbarrier_wait(empty(at.stage()), at.round() ^ 1);
   }
+  __device__ __forceinline__ bool is_empty(const RingPosition<kStages>& at) const {
+    return ptx::mbarrier_test(empty(at.stage()), at.round() ^ 1);
+  }
   __device__ __forceinline__ void announce(const RingPosition<kStages>& at, int bytes) const {
     ptx::mbarrier_arrive_expect(full(at.stage()), bytes);
   }
