@@ -42,11 +42,12 @@ class Bench:
     rounds: int
     sample_seconds: float
     quiet: bool
+    checked: bool = True
 
     def measure(self, workload: Workload, chosen: Sequence[Mode]) -> None:
-        """Checks and times every contender on one workload, in every mode."""
+        """Checks, if asked to, and times every contender on one workload."""
         operands = arrays.make(workload)
-        checker = Checker(workload, operands)
+        checker = Checker(workload, operands, compares=self.checked)
         for mode in chosen:
             self._mode(workload, mode, operands, checker)
         jax.clear_caches()

@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("bench.jsonl"), help="default: %(default)s")
     add("--isolate", action="store_true", help="one process for each workload")
     add("--list", action="store_true", help="print workloads and contenders, and stop")
+    add("--unchecked", action="store_true", help="time without comparing results")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -75,6 +76,8 @@ def _run_isolated(chosen: Sequence[Workload], options: argparse.Namespace) -> in
     shared += [f"--sample-ms={options.sample_ms}", f"--out={options.out.resolve()}"]
     if options.contenders:
         shared.append(f"--contenders={options.contenders}")
+    if options.unchecked:
+        shared.append("--unchecked")
     failures = 0
     for workload in tqdm(chosen, desc="workloads", disable=options.quiet):
         only = f"--filter=^{re.escape(workload.name)}$"
@@ -104,6 +107,7 @@ def _run_here(
             rounds=options.rounds,
             sample_seconds=options.sample_ms / 1e3,
             quiet=options.quiet,
+            checked=not options.unchecked,
         )
         for workload in tqdm(chosen, desc="workloads", disable=options.quiet):
             bench.measure(workload, mode_names)

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import (
     arrays,
+    correctness,
     dispatch,
     report,
     results,
@@ -20,7 +21,6 @@ from benchmarks import (
     workloads,
 )
 from benchmarks.contenders import contenders
-from benchmarks.correctness import Oracle
 from benchmarks.modes import RESULTS
 from benchmarks.roof import Roof
 from benchmarks.workloads import UNBOUNDED, Workload
@@ -142,7 +142,7 @@ def test_loop_chains_its_steps():
 def test_oracle_takes_the_exact_result_and_refuses_a_wrong_one():
     operands = arrays.make(TINY)
     shapes = (TINY.q_shape, TINY.q_shape, TINY.k_shape, TINY.k_shape)
-    oracle = Oracle(TINY, operands)
+    oracle = correctness.Oracle(TINY, operands)
     exact = {
         name: jnp.zeros(shape).at[-1:, :, -x.shape[2] :].set(x).astype(arrays.DTYPE)
         for name, shape, x in zip(RESULTS, shapes, oracle.exact.values(), strict=True)
@@ -152,6 +152,18 @@ def test_oracle_takes_the_exact_result_and_refuses_a_wrong_one():
     assert verdict.status == "wrong"
     assert "dk" in verdict.reason
     assert oracle.judge({"out": exact["out"] * jnp.nan}).status == "wrong"
+
+
+def test_what_is_not_compared_says_so(monkeypatch):
+    operands = arrays.make(TINY)
+    wrong = {"out": jnp.zeros(TINY.q_shape, arrays.DTYPE)}
+    monkeypatch.setattr(correctness, "results", lambda *_: wrong)
+    ours = contenders()["ours"]
+    compared = correctness.Checker(TINY, operands).verdict(ours, "fwd")
+    assert compared.status == "wrong"
+    unchecked = correctness.Checker(TINY, operands, compares=False)
+    verdict = unchecked.verdict(ours, "fwd")
+    assert (verdict.status, verdict.reason) == ("ok", "unchecked")
 
 
 def _cell_line(run_id, contender, tflops, name="gpt2", **fields):
