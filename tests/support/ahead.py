@@ -12,6 +12,7 @@ class Ahead:
     """
 
     def __init__(self, function, arguments):
+        self._function = function
         # More threads than cores would finish everything at the end, and nothing early.
         cores = len(os.sched_getaffinity(0))
         self._pool = concurrent.futures.ThreadPoolExecutor(cores)
@@ -21,6 +22,8 @@ class Ahead:
         }
 
     def __getitem__(self, argument):
+        if argument not in self._results:
+            self._results[argument] = self._pool.submit(self._function, argument)
         return self._results[argument].result()
 
     def wait(self, argument):
@@ -34,6 +37,11 @@ class Ahead:
 
 
 def parameters(session, name):
-    """Returns the values of a parameter over the tests that the session will run."""
+    """Returns the values of a parameter over the tests that the session will run.
+
+    None in a worker of pytest-xdist, which is told of its tests as it goes.
+    """
+    if hasattr(session.config, "workerinput"):
+        return []
     specs = [getattr(item, "callspec", None) for item in session.items]
     return [spec.params[name] for spec in specs if spec and name in spec.params]
