@@ -186,7 +186,7 @@ int backward_shared_bytes(const BackwardTiles& tiles, int head_dim) {
   const int stages = tiles.query_stages + tiles.dout_stages;
   const int statistics = stages * tiles.tile_q * 4;
   const int barriers = 2 * 8 * (stages + 6);
-  constexpr int kPlaces = 4 * 16 + 16;
+  constexpr int kPlaces = 4 * 16 + 16;  // of key tiles, and how many each service warp is done with
   const int fp32_columns = (head_dim + 15) / 16 * 16;     // parts of dq, on the way to their sums
   const int service = 32 * 1024 + 4 * tiles.tile_q + 32;  // sm90/row_service.cuh
   return 2 * tile_bytes(tiles.tile_k, head_dim) + stages * tile_bytes(tiles.tile_q, head_dim) +

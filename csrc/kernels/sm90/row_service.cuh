@@ -36,6 +36,29 @@ constexpr int kServiceThreads = kServiceWarps * 32;
 constexpr int kServiceBarrier = 3;
 constexpr int kServiceStagingBytes = 32 * 1024;
 
+// A number for each service warp, in shared memory: its loops leave no register.
+struct ServiceCounts {
+  static constexpr int kBytes = kServiceWarps * static_cast<int>(sizeof(unsigned));
+  volatile unsigned* counts;
+
+  __device__ __forceinline__ explicit ServiceCounts(unsigned char* memory)
+      : counts(reinterpret_cast<volatile unsigned*>(memory)) {}
+
+  // Threads: one, before a CTA barrier.
+  __device__ __forceinline__ void init() const {
+    for (int warp = 0; warp < kServiceWarps; ++warp) counts[warp] = 0;
+  }
+  __device__ __forceinline__ volatile unsigned& of(int service_warp) const {
+    return counts[service_warp];
+  }
+  // Threads: a whole warp, with its own.
+  static __device__ __forceinline__ void advance(volatile unsigned& count) {
+    __syncwarp();  // all lanes have read it
+    if (ptx::elect_lane()) count = count + 1;
+    __syncwarp();
+  }
+};
+
 // Shared memory of the service warps: rows of out and of dout and their products, or the dq sums of
 // a query tile.
 template <class QueryTile>
@@ -50,15 +73,18 @@ struct ServiceStaging {
       (kRows + Dots::kRowsPerPass - 1) / Dots::kRowsPerPass * Dots::kRowsPerPass;
   static constexpr int kSumsOffset = kServiceStagingBytes;
   static constexpr int kFetchOffset = kSumsOffset + kRows * static_cast<int>(sizeof(float));
-  // A barrier, and for each warp how many fetches it has awaited: its loops leave no register.
-  static constexpr int kBytes = (kFetchOffset + 8 + kServiceWarps * 4 + 15) / 16 * 16;
+  static constexpr int kFetchesOffset = kFetchOffset + 8;  // behind a barrier
+  static constexpr int kBytes = (kFetchesOffset + ServiceCounts::kBytes + 15) / 16 * 16;
   static_assert(2 * QueryTile::kBytes <= kServiceStagingBytes, "out and dout of a query tile");
 
   // Threads: one, before a CTA barrier.
   static __device__ __forceinline__ void init(unsigned char* staging) {
     ptx::mbarrier_init(tile::shared_address(staging) + kFetchOffset, 1);
-    for (int warp = 0; warp < kServiceWarps; ++warp)
-      reinterpret_cast<volatile unsigned*>(staging + kFetchOffset + 8)[warp] = 0;
+    fetches(staging).init();
+  }
+  // How many fetches a warp has awaited.
+  static __device__ __forceinline__ ServiceCounts fetches(unsigned char* staging) {
+    return ServiceCounts(staging + kFetchesOffset);
   }
 };
 
@@ -174,12 +200,9 @@ struct RowService {
   }
   // Until what has been fetched last is there. Threads: the service warps.
   __device__ __forceinline__ void await_fetch() const {
-    volatile unsigned& fetches = reinterpret_cast<volatile unsigned*>(
-        staging + Staging::kFetchOffset + 8)[ptx::uniform(service_thread() / 32)];
+    volatile unsigned& fetches = Staging::fetches(staging).of(ptx::uniform(service_thread() / 32));
     ptx::mbarrier_wait(fetch_barrier(), fetches % 2);
-    __syncwarp();  // all lanes have read it
-    if (ptx::elect_lane()) fetches = fetches + 1;
-    __syncwarp();
+    ServiceCounts::advance(fetches);
   }
   static __device__ __forceinline__ int service_thread() { return ptx::reread_thread() - 32; }
   __device__ __forceinline__ int group_heads() const {
