@@ -149,13 +149,14 @@ def checked_workload(contender: Contender, workload: Workload) -> Workload:
 
 
 class Checker:
-    """Checks contenders on one workload; every oracle and verdict is computed once."""
+    """Checks contenders on one workload; every oracle and verdict is computed once.
 
-    def __init__(
-        self, workload: Workload, operands: Operands, compares: bool = True
-    ) -> None:
+    Without operands nothing is compared, and every contender that supports the workload
+    may be timed.
+    """
+
+    def __init__(self, workload: Workload, operands: Operands | None) -> None:
         self._workload, self._operands = workload, operands
-        self._compares = compares
         self._oracles: dict[Workload, Oracle] = {}
         self._verdicts: dict[tuple[str, bool], Verdict] = {}
 
@@ -168,19 +169,23 @@ class Checker:
         reason = contender.supports(self._workload, mode)
         if reason:
             return Verdict("unsupported", reason)
-        if not self._compares:
+        if self._operands is None:
             return Verdict("ok", "unchecked")
         key = contender.name, mode != "fwd"
         if key not in self._verdicts:
             try:
-                self._verdicts[key] = self._judge(contender, gradients=key[1])
+                self._verdicts[key] = self._judge(
+                    contender, self._operands, gradients=key[1]
+                )
             except Exception as error:
                 self._verdicts[key] = failure(error)
         return self._verdicts[key]
 
-    def _judge(self, contender: Contender, gradients: bool) -> Verdict:
+    def _judge(
+        self, contender: Contender, operands: Operands, gradients: bool
+    ) -> Verdict:
         chosen = checked_workload(contender, self._workload)
         if chosen not in self._oracles:
-            self._oracles[chosen] = Oracle(chosen, self._operands)
-        found = results(contender, chosen, self._operands, gradients)
+            self._oracles[chosen] = Oracle(chosen, operands)
+        found = results(contender, chosen, operands, gradients)
         return self._oracles[chosen].judge(found)

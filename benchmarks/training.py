@@ -88,11 +88,8 @@ class _Cell:
             "batch": size,
             "dropout_p": dropout_p,
         }
-        self._checker = (
-            Checker(self._workload, arrays.make(self._workload))
-            if speed.checked
-            else None
-        )
+        operands = arrays.make(self._workload) if speed.checked else None
+        self._checker = Checker(self._workload, operands)
         self._verdicts: dict[str, Verdict] = {}
         self._samplers: dict[str, timing.StateSampler] = {}
 
@@ -173,16 +170,16 @@ def _progress(line: dict[str, Any]) -> str:
 
 
 def _attention(
-    name: str, workload: Workload, checker: Checker | None
+    name: str, workload: Workload, checker: Checker
 ) -> tuple[Verdict, Attend | None]:
     """A contender's attention once it has passed its check, or why it has not."""
     if name == WITHOUT:
         return Verdict("ok"), _sum
     contender = contenders()[name]
-    missing = contender.available() or contender.supports(workload, "both")
+    missing = contender.available()
     if missing:
         return Verdict("unsupported", missing), None
-    verdict = checker.verdict(contender, "both") if checker else Verdict("ok")
+    verdict = checker.verdict(contender, "both")
     if verdict.status != "ok":
         return verdict, None
     return verdict, contender.build(workload)
