@@ -1,6 +1,7 @@
 #include "launchers/backward.h"
 
 #include <algorithm>
+#include <cmath>
 #include <future>
 #include <vector>
 
@@ -143,6 +144,12 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
   params.rounds_behind = static_cast<int>(rounds_behind);
   // No more than either, or CTAs would wait for some with larger indices.
   params.last_groups = static_cast<int>(std::min({groups_of(1.5), prepares_ahead, rounds_behind}));
+  // Between a key tile's addition to a query tile and the next one's pass about 0.7 of a step.
+  constexpr double kStepsBetweenAdditions = 0.7;
+  const std::int64_t steps = group_heads * ceil_div(shape.seqlen_q, specialization.tile_q);
+  params.alternating_groups = static_cast<int>(std::min<double>(
+      groups,
+      std::ceil(kStepsBetweenAdditions * plan.multiprocessors / std::max<std::int64_t>(steps, 1))));
   if (group_tiles > 0)
     JFA_RETURN_IF_ERROR(
         fill_sm90_params(params, call, specialization.tile_q, specialization.tile_k));

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <limits>
 
 #include "launchers/tile_table.h"
 
@@ -45,7 +46,8 @@ constexpr Row<BackwardTiles> kBackward[] = {
     {128, Features::kNoSoftcap, {64, 128, 2, 2}},
 };
 
-// For what kBackward leaves, deterministic calls and short sequences.
+// For what kBackward leaves, short sequences, and deterministic calls but for long ones of narrow
+// heads.
 //                                      tile_q  tile_k  query, dout stages; of dq: tile_q  tile_k
 //                                      query, key, value stages
 constexpr Row<SplitBackwardTiles> kSplitBackward[] = {
@@ -90,10 +92,14 @@ int key_walk_threads(int tile_q) { return (tile_q / 64 + 1) * 128; }
 // Dropout is drawn twice. Measurements are in docs/tuning.md.
 constexpr std::int64_t kSplitNarrow = 512;  // head dims up to 64
 constexpr std::int64_t kSplitWide = 1024;
-static_assert(is_seqlen_limit(kSplitNarrow) && is_seqlen_limit(kSplitWide),
+constexpr std::int64_t kSplitDeterministic = 1024;  // head dims up to 64; above those always
+static_assert(is_seqlen_limit(kSplitNarrow) && is_seqlen_limit(kSplitWide) &&
+                  is_seqlen_limit(kSplitDeterministic),
               "calls of one plan run the same kernels");
 
 std::int64_t split_seqlen(const AttentionSpec& spec, std::int64_t head_dim) {
+  if (spec.deterministic)
+    return head_dim <= 64 ? kSplitDeterministic : std::numeric_limits<std::int64_t>::max();
   if (spec.dropout()) return -1;
   return head_dim <= 64 ? kSplitNarrow : kSplitWide;
 }
@@ -121,7 +127,7 @@ StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, const Attentio
 }
 
 bool splits_backward(const AttentionSpec& spec, const AttentionShape& shape, const Target& target) {
-  return spec.deterministic || shape.seqlen_q <= split_seqlen(spec, shape.head_dim) ||
+  return shape.seqlen_q <= split_seqlen(spec, shape.head_dim) ||
          !backward_tiles(spec, shape, target).ok();
 }
 

@@ -262,9 +262,6 @@ StatusOr<BackwardSpecialization> sm90_split_backward(const AttentionSpec& spec,
 StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
                                                const AttentionShape& shape, const Target& target,
                                                const std::optional<TileOverride>& forced) {
-  if (spec.deterministic)
-    return Status::unimplemented(
-        "The fused backward of the sm90 family is not deterministic; that of sm90split is.");
   const int head_dim = static_cast<int>(shape.head_dim);
   JFA_ASSIGN_OR_RETURN(
       const sm90::BackwardTiles tiles,
@@ -274,9 +271,16 @@ StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
   std::string config = config_of(spec, shape, tiles.tile_q, tiles.tile_k);
   constant(config, "kQueryStages", tiles.query_stages);
   constant(config, "kDoutStages", tiles.dout_stages);
-  // Consumers with softcap and a wide head leave no registers for it.
-  const bool serves_rows = spec.softcap == 0.0 || head_dim <= 96;
+  // Consumers with softcap and a wide head leave no registers for other warps.
+  const bool leaves_registers = spec.softcap == 0.0 || head_dim <= 96;
+  if (spec.deterministic && !leaves_registers)
+    return Status::unimplemented(
+        "With softcap the fused backward of the sm90 family is deterministic up to head dim 96; "
+        "that "
+        "of sm90split is so for every head dim.");
+  const bool serves_rows = !spec.deterministic && leaves_registers;
   constant(config, "kServesRows", serves_rows);
+  constant(config, "kDeterministic", spec.deterministic);
   const std::string file = "sm90/backward.cuh";
   const std::string postprocess_entry = "flash_backward_postprocess_sm90";
   const std::string postprocess =

@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support import calls, cases, inputs
+from jax_flash_attn import testing
+from tests.support import calls, cases, devices, inputs, oracle
 
 pytestmark = pytest.mark.gpu
 
 NUM_RUNS = 20
 
 
-def large(name, **changes):
+def large(edge, **changes):
     """A case with enough tiles for their order to vary."""
     sizes = {"seqlen_q": 1000, "seqlen_k": 1100, **changes}
-    return dataclasses.replace(cases.BY_NAME[name], **sizes)
+    return dataclasses.replace(cases.BY_NAME[edge], **sizes)
 
 
 CASES = (
@@ -43,6 +44,44 @@ def test_every_result_when_asked_for(deterministic_case):
     runs = [run(arrays) for _ in range(NUM_RUNS)]
     for name in runs[0]:
         assert distinct(results[name] for results in runs) == 1, name
+
+
+ORDERED = (
+    large("plain", batch=4, heads=16, heads_k=16),
+    large("plain", name="few_tiles", heads=2, heads_k=2, seqlen_q=300, seqlen_k=300),
+    large("plain", name="one_part", head_dim=24, heads=8, heads_k=8),
+    large("causal_gqa", batch=6, heads=16, heads_k=4, head_dim=64),
+    large("causal_gqa", name="more_queries", seqlen_q=1500, seqlen_k=700),
+    large("window_two_sided", name="unseen_keys", seqlen_q=500, seqlen_k=1400),
+    large("everything", head_dim=40),
+    large("plain", name="wide", head_dim=128, heads=8, heads_k=8),
+)
+"""For the fused backward, where CTAs add to one query tile in one order."""
+
+
+@pytest.mark.parametrize("tiles", ["sm90", "sm90:64,128,3,2", "sm90:64,128,2,3"])
+@pytest.mark.parametrize("case", ORDERED, ids=str)
+def test_additions_in_order(tiles, case, expected):
+    devices.require_family("sm90")
+    attend = calls.attention(case, implementation="cuda", deterministic=True)
+    run = jax.jit(calls.with_gradients(attend))
+    arrays = inputs.make(case)
+    with testing.override_tiles("backward", tiles):
+        runs = [jax.block_until_ready(run(arrays)) for _ in range(NUM_RUNS)]
+    oracle.check(runs[0], expected[case])
+    for name in runs[0]:
+        assert distinct(results[name] for results in runs) == 1, name
+
+
+def test_wide_heads_with_softcap_have_no_order():
+    devices.require_family("sm90")
+    case = dataclasses.replace(cases.BY_NAME["plain"], head_dim=128, softcap=10.0)
+    attend = calls.attention(case, implementation="cuda", deterministic=True)
+    with (
+        testing.override_tiles("backward", "sm90"),
+        pytest.raises(jax.errors.JaxRuntimeError, match="up to head dim 96"),
+    ):
+        jax.block_until_ready(jax.jit(calls.with_gradients(attend))(inputs.make(case)))
 
 
 @pytest.mark.parametrize("large_case", CASES[:2], ids=str)

@@ -48,7 +48,7 @@ def program(case, deterministic):
 
 @pytest.mark.parametrize(("row", "case"), CELLS)
 def test_row(row, case, expected):
-    # The fused backward on Hopper cannot be deterministic.
+    # Of the fused backward the fast form; test_determinism.py has the other one.
     run = program(
         case, deterministic=(row.family, row.operation) != ("sm90", "backward")
     )

@@ -120,6 +120,9 @@ def main() -> int:
                 # Wider heads, and softcap beside dropout, are for the split form.
                 if case.head_dim <= (96 if case.softcap else 128):
                     right.append(check(f"{case.name}_fused", case))
+                if case.head_dim <= 64:
+                    name = f"{case.name}_fused_in_order"
+                    right.append(check(name, case, deterministic=True))
     for row in tile_table.rows():
         if not devices.has_family(row.family):
             continue

@@ -61,7 +61,8 @@ struct Sm90FusedBackwardParams : Sm90BackwardParams {
   TensorMap out;  // boxes like those of dout
   int prepares_ahead;
   int rounds_behind;
-  int last_groups;  // that come in another order (sm90/fused_place.cuh)
+  int last_groups;         // that come in another order (sm90/fused_place.cuh)
+  int alternating_groups;  // deterministic alone: of how many groups key tiles alternate
 };
 
 // The same for kernels whose CTAs deal tiles out among themselves.

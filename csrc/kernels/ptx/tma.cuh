@@ -52,9 +52,11 @@ __device__ __forceinline__ void bulk_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Waits until this thread's bulk groups have read their shared memory, which may then be reused.
+// Waits until all but the latest kPending of this thread's bulk groups have read their shared
+// memory, which may then be reused.
+template <int kPending>
 __device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 // Waits until this thread's bulk groups have ended and what they wrote can be read.

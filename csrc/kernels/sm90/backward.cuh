@@ -11,17 +11,19 @@
 // feed dv and dk from registers; only dscores goes to shared memory, for dq, of which each consumer
 // has a part of the columns, or with tiles of 128 queries half of the rows. dq gathers in fp32 in
 // global memory (tile/bulk_accumulator.cuh). The three warps beside the producer prepare the rows
-// of heads to come and round dq of heads that are done (sm90/row_service.cuh).
+// of heads to come and round dq of heads that are done (sm90/row_service.cuh), or, deterministic,
+// two of them send dq in order.
 //
 //   ring    stages        filled with                released
 //   keys    1             k of a key tile, and its   by each consumer's threads, after the last dq
 //                         place
 //   values  1             v of it                    by each consumer's threads, after the last
 //                                                    dprobs
-//   service 2             the place of a key tile    by each service warp's threads
+//   service 2             the place of a key tile    by each service warp's threads, or by each
+//                                                    that sends in order
 //   query   kQueryStages  q and lse of a query tile  by each consumer's threads, after dk
 //   dout    kDoutStages   dout and delta             by each consumer's threads, after dv
-//   sums    1, of each    a consumer's part of dq,   by the producer, when the copy engine has
+//   sums    1, of each    a consumer's part of dq,   by who sends it, when the copy engine has
 //           consumer      by all its threads         read it
 //
 //   barrier  threads               what it orders
@@ -65,10 +67,9 @@ __device__ __forceinline__ void produce_backward(const Sm90FusedBackwardParams& 
   int steps_before = 0;  // of the key tiles before this one
   // Of the key tile whose additions are not all known to be there; the sender is with it.
   attention::TilePlace untold{kNoTile, 0, 0};
-  int untold_steps = 0;  // so many steps' parts have been sent when all of that tile's have
   const auto tell = [&] {
     if (untold.tile == kNoTile) return;
-    sender.send_until(untold_steps);
+    sender.send_until(steps_before);  // all of its own: it was the last before this one
     Service(params, stages.memory, untold).tell_added();
     untold.tile = kNoTile;
   };
@@ -79,17 +80,17 @@ __device__ __forceinline__ void produce_backward(const Sm90FusedBackwardParams& 
     const bool ends = index >= fused_key_tiles<Config>(params);
     attention::TilePlace place{kNoTile, 0, 0};
     if (!ends) place = fused_place<Config>(params, index);
-    if constexpr (Config::kServesRows) {
+    if constexpr (Shapes::kIdleWarpsWork) {
       // Who waits for other CTAs tells first: one of them may wait for the key tile before.
       if (!stages.service.is_empty(service_at)) tell();
       stages.service.await_empty(service_at);
     }
     stages.places.put(keys_at.fills % Shapes::kPlaces, place);
-    if constexpr (Config::kServesRows) {
+    if constexpr (Shapes::kIdleWarpsWork) {
       stages.service.announce(service_at, 0);
       service_at.advance();
     }
-    const BackwardWalk<Config> walk(attention, place);
+    const FusedWalk<Config> walk(attention, place);
     const int steps = ends ? 0 : walk.steps();
     bool follows = false;
     const auto follow = [&] {
@@ -97,7 +98,6 @@ __device__ __forceinline__ void produce_backward(const Sm90FusedBackwardParams& 
       tell();
       sender.begin(walk);
       untold = place;
-      untold_steps = steps_before + steps;
       follows = true;
     };
     if (steps == 0) {
@@ -109,6 +109,10 @@ __device__ __forceinline__ void produce_backward(const Sm90FusedBackwardParams& 
       keys_at.advance();
       if (ends) break;
     } else {
+      const Service service(params, stages.memory, place);
+      const bool is_first = keys_at.fills == 0;  // does not wait for the kernel before
+      // Asked before consumers are done with the key tile before, when k would wait for the answer.
+      const bool is_prepared = !is_first && service.is_prepared();
       load_queries<Config>(
           params.q, params.dout, params.backward,
           static_cast<const BackwardStages<Shapes>&>(stages), walk, query_at, dout_at,
@@ -120,13 +124,11 @@ __device__ __forceinline__ void produce_backward(const Sm90FusedBackwardParams& 
                                  walk.first_key, walk.place.head,
                                  attention::own_batch(walk.place.batch, batches));
             };
-            const Service service(params, stages.memory, place);
-            const bool is_first = keys_at.fills == 0;  // does not wait for the kernel before
             // Consumers use v of a key tile for the last time a step before k, and before that they
             // wait for all parts of dq but the last step's to be sent.
             sender.send_until(steps_before - 1);
             load(stages.values, Shapes::kValueOffset, params.v, attention.v.batches);
-            if (!is_first) {
+            if (!is_first && !is_prepared) {
               if (!service.is_prepared()) tell();
               service.await_prepared();
             }
@@ -177,7 +179,7 @@ __device__ __forceinline__ void consume_backward(const Sm90FusedBackwardParams& 
   using KeyTile = typename Shapes::KeyTile;
   using DscoresTile = typename Shapes::DscoresTile;
   using Scores = typename Shapes::Scores;
-  using Step = typename BackwardWalk<Config>::Step;
+  using Step = typename FusedWalk<Config>::Step;
   const BackwardParams& backward = params.backward;
   const AttentionParams& attention = backward.attention;
 
@@ -212,7 +214,7 @@ __device__ __forceinline__ void consume_backward(const Sm90FusedBackwardParams& 
     stages.keys.wait_full(keys_at);
     const attention::TilePlace place = stages.place(keys_at.fills);
     if (place.tile == kNoTile) break;
-    const BackwardWalk<Config> walk(attention, place);
+    const FusedWalk<Config> walk(attention, place);
     const int batch = place.batch;
     typename Shapes::KeyGradient dk;
     typename Shapes::KeyGradient dv;
@@ -291,14 +293,12 @@ __device__ __forceinline__ void consume_backward(const Sm90FusedBackwardParams& 
         tile::BulkAccumulator<QueryGradient>::stage(dq, stages.staged_sums(consumer));
       }
     };
-    const auto announce_query_gradient = [&](bool is_sent) {
+    const auto announce_query_gradient = [&](bool is_staged) {
       if constexpr (kHasQueryGradient) {
         ptx::fence_async_proxy();
-        if (is_sent) sums.finish_fill(typename Shapes::SumsPosition{});
+        if (is_staged) sums.finish_fill(typename Shapes::SumsPosition{});
       }
     };
-    // In its first turn the first consumer finds no dscores, and stages what nobody sends.
-    const auto turned_before = [&] { return consumer == 1 || remaining + 1 < steps; };
 
     if (remaining > 0) {
       step = walk.first();
@@ -335,9 +335,11 @@ __device__ __forceinline__ void consume_backward(const Sm90FusedBackwardParams& 
       if (remaining > 1) stages.query.wait_full(next_query);
       // Behind the last step, of what lies there, and nobody looks at it.
       if constexpr (Shapes::kScoresFirst) start_scores(next_query);
-      stage_query_gradient(done - (consumer == 0 && remaining < steps));
+      // In its first turn the first consumer finds no dscores.
+      const bool has_part = consumer == 1 || remaining < steps;
+      if (has_part) stage_query_gradient(done - (consumer == 0));
       if (--remaining == 0) {
-        announce_query_gradient(turned_before());
+        announce_query_gradient(has_part);
         ptx::wgmma_wait<0>();  // dk
         stages.query.release(query_at().stage());
         ++done;
@@ -351,7 +353,7 @@ __device__ __forceinline__ void consume_backward(const Sm90FusedBackwardParams& 
       stages.dout.wait_full(dout_at());
       start_dprobs();
       ptx::barrier_arrive(kTurnBarrier + 1 - consumer, 256);
-      announce_query_gradient(turned_before());
+      announce_query_gradient(has_part);
       walk.advance(step);
       finish_products();
     }
@@ -433,6 +435,12 @@ __device__ __forceinline__ void backward(const Sm90FusedBackwardParams& params,
       if (ptx::elect_lane()) produce_backward<Config>(params, stages);
     } else if constexpr (Config::kServesRows) {
       serve_rows<Config>(params, stages);
+    } else if constexpr (Config::kDeterministic) {
+      if (warp == 1) {
+        if (ptx::elect_lane()) send_in_order<Config, 0>(params, stages);
+      } else if (warp == 2 && Shapes::kParts() > 1) {
+        if (ptx::elect_lane()) send_in_order<Config, 1>(params, stages);
+      }
     }
   } else {
     ptx::claim_registers<Shapes::kConsumerRegisters>();

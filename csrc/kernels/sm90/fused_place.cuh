@@ -4,6 +4,10 @@
 // other, so that CTAs read the same queries from L2. The last groups' come in the order of their
 // places in the head instead: under a causal mask the first tiles of a head take longest, and what
 // is taken last is then the least.
+//
+// deterministic: from the last key tile to the first, in which order they add to a query tile.
+// Without a mask a key tile can't add before the one behind it has, so that they are to start some
+// time apart: key tiles of so many groups alternate that those of one do.
 #pragma once
 
 #include <attention/head_address.cuh>
@@ -31,7 +35,14 @@ __device__ __forceinline__ attention::TilePlace fused_place(const Sm90FusedBackw
                                                             unsigned index) {
   const AttentionParams& attention = params.backward.attention;
   const unsigned tiles = group_key_tiles<Config>(params);
-  if constexpr (Config::kWindowed) {
+  if constexpr (Config::kDeterministic) {
+    const unsigned first_group =
+        index / (params.alternating_groups * tiles) * params.alternating_groups;
+    const unsigned groups =
+        min(params.alternating_groups, attention.batch * attention.heads_k - first_group);
+    const unsigned in_block = index - first_group * tiles;
+    index = (first_group + in_block % groups) * tiles + tiles - 1 - in_block / groups;
+  } else if constexpr (Config::kWindowed) {
     const unsigned first_group = attention.batch * attention.heads_k - params.last_groups;
     const unsigned first = first_group * tiles;
     if (index >= first) {

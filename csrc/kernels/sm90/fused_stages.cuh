@@ -19,8 +19,11 @@ struct BackwardShapes {
   // Scores of the next step are started before dq is staged where registers hold both beside dk and
   // dv; behind dq, they wait for its stores.
   static constexpr bool kScoresFirst = Config::kHeadDim <= 64;
-  static constexpr int kConsumerRegisters = Config::kServesRows ? 232 : kBackwardConsumerRegisters;
-  static constexpr int kProducerRegisters = Config::kServesRows ? 40 : kBackwardProducerRegisters;
+  static_assert(!(Config::kServesRows && Config::kDeterministic), "the warps are taken");
+  // Whether the warps beside the producer do something.
+  static constexpr bool kIdleWarpsWork = Config::kServesRows || Config::kDeterministic;
+  static constexpr int kConsumerRegisters = kIdleWarpsWork ? 232 : kBackwardConsumerRegisters;
+  static constexpr int kProducerRegisters = kIdleWarpsWork ? 40 : kBackwardProducerRegisters;
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
   static constexpr int kQuerySteps = Config::kTileQ / 16;
   static constexpr int kKeySteps = Config::kTileK / 16;
@@ -32,6 +35,8 @@ struct BackwardShapes {
     return consumer == 0 ? (kHeadDimSteps < kSplitSteps ? kHeadDimSteps : kSplitSteps)
                          : (kHeadDimSteps > kSplitSteps ? kHeadDimSteps - kSplitSteps : 0);
   }
+  // Of dq: the second consumer has none where the first one's steps are all.
+  static constexpr int kParts() { return 1 + (query_gradient_steps(1) > 0); }
   // Where a consumer's part of dq starts, in floats.
   static __device__ constexpr int query_gradient_offset(int consumer) {
     return consumer * 64 * 16 * (kSplitsRows ? kHeadDimSteps : kSplitSteps);
@@ -119,7 +124,7 @@ struct FusedBackwardStages : BackwardStages<BackwardShapes<Config>> {
     this->dout.init(kBackwardConsumers * 128);
     this->keys.init(kBackwardConsumers * 128);
     values.init(kBackwardConsumers * 128);
-    service.init(kServiceThreads);
+    service.init(Config::kServesRows ? kServiceThreads : Shapes::kParts());
     served.init();
     ServiceStaging<typename Shapes::QueryTile>::init(memory + Shapes::kServiceOffset);
     for (int consumer = 0; consumer < kBackwardConsumers; ++consumer)

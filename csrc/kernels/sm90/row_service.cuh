@@ -121,10 +121,12 @@ struct RowService {
     ptx::fence_async_proxy_global();  // the copy engine reads what threads wrote
   }
 
-  // Whether it would return at once, where the kernel before has ended.
+  // Whether they are, where the kernel before has ended. Threads: one.
   __device__ __forceinline__ bool is_prepared() const {
-    return !Config::kServesRows || group < params.prepares_ahead ||
-           ptx::load_acquire(state_of(params.backward.prepared, group)) >= tiles;
+    if (!Config::kServesRows || group < params.prepares_ahead) return true;
+    if (ptx::load_acquire(state_of(params.backward.prepared, group)) < tiles) return false;
+    ptx::fence_async_proxy_global();  // the copy engine reads what threads wrote
+    return true;
   }
 
   // For the producer, behind its last addition with the key tile. Threads: one.
@@ -168,7 +170,8 @@ struct RowService {
     const int target = group + params.prepares_ahead;
     if (target >= attention.batch * attention.heads_k) return;
     ptx::barrier_sync(kServiceBarrier, kServiceThreads);  // all have written
-    if (service_thread() == 0) {
+    // By the last warp: the first one asks for what there is to round meanwhile.
+    if (service_thread() == kServiceThreads - 32) {
       ptx::fence_async_proxy_global();  // the copy engine adds to what threads wrote
       ptx::await_previous_grid();       // which has cleared the counter
       ptx::add_release(state_of(params.backward.prepared, target), 1);

@@ -21,9 +21,14 @@ struct TilePlaces {
   __device__ __forceinline__ void put(int slot, const attention::TilePlace& place) const {
     slots[slot] = make_int4(place.tile, place.head, place.batch, 0);
   }
+  // Threads: a whole warp.
   __device__ __forceinline__ attention::TilePlace get(int slot) const {
+    const attention::TilePlace place = read(slot);
+    return {ptx::uniform(place.tile), ptx::uniform(place.head), ptx::uniform(place.batch)};
+  }
+  __device__ __forceinline__ attention::TilePlace read(int slot) const {
     const int4 place = slots[slot];
-    return {ptx::uniform(place.x), ptx::uniform(place.y), ptx::uniform(place.z)};
+    return {place.x, place.y, place.z};
   }
 };
 
