@@ -103,7 +103,7 @@ class BackwardTiles(Tiles):
         fp32_columns = -(-head_dim // 16) * 16
         needed = 2 * rows * _panel_columns(head_dim) + dscores
         needed += 4 * self.tile_q * (fp32_columns + stages)
-        needed += 32 * 1024 + 4 * (64 if head_dim > 64 else 128)  # of its row service
+        needed += 7 * 4096  # of its row service
         return needed <= _SHARED_BYTES - _BARRIER_BYTES
 
 

@@ -117,6 +117,11 @@ std::int64_t mean_visible_keys(const jfa::AttentionParams& params) {
 
 // Where queries see fewer keys than this, a CTA's products are done before its idle warps are.
 constexpr std::int64_t kServedKeys = 384;
+// From as many keys and steps of as many queries on, and in calls of as many rounds, idle warps
+// keep up with products that are less far apart. Tuned at sequences of 16,384 tokens in all.
+constexpr std::int64_t kSteadyKeys = 1024;
+constexpr std::int64_t kSteadyQueries = 1024;
+constexpr std::int64_t kSteadyRounds = 8;
 
 // The main kernel, whose idle warps prepare and round the rows of most groups of heads, between
 // two kernels for the rows of the others.
@@ -133,13 +138,20 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
     const auto ctas = static_cast<std::int64_t>(rounds * plan.multiprocessors);
     return std::min(groups, 1 + ceil_div(ctas, std::max<std::int64_t>(group_tiles, 1)));
   };
-  // With such leads a CTA finds its rows prepared, and a group finished or nearly so.
-  const bool serves = specialization.serves_rows && shape.seqlen_q > 0 &&
-                      mean_visible_keys(backward.attention) >= kServedKeys;
-  const std::int64_t prepares_ahead = serves ? groups_of(1.5) : groups;
-  const std::int64_t rounds_behind = serves ? groups_of(2.0) : groups;
+  const std::int64_t visible_keys = mean_visible_keys(backward.attention);
+  const bool serves =
+      specialization.prepared_rows > 0 && shape.seqlen_q > 0 && visible_keys >= kServedKeys;
+  // With such leads a CTA finds its rows prepared, and a group finished or nearly so. The shorter
+  // they are, the more of the rows is still in L2: key tiles that take equally long, and long, need
+  // less of them, and CTAs of the first round, which then wait for some, are few (docs/tuning.md).
+  const bool steady = !call.spec.windowed() && visible_keys >= kSteadyKeys &&
+                      group_heads * shape.seqlen_q >= kSteadyQueries &&
+                      group_tiles * groups >= kSteadyRounds * plan.multiprocessors;
+  const std::int64_t prepares_ahead = serves ? groups_of(steady ? 0.7 : 1.5) : groups;
+  const std::int64_t rounds_behind = serves ? groups_of(steady ? 1.2 : 2.0) : groups;
   jfa::Sm90FusedBackwardParams params{};
   params.backward = backward;
+  params.group_heads = static_cast<int>(group_heads);
   params.prepares_ahead = static_cast<int>(prepares_ahead);
   params.rounds_behind = static_cast<int>(rounds_behind);
   // No more than either, or CTAs would wait for some with larger indices.
@@ -153,9 +165,14 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
   if (group_tiles > 0)
     JFA_RETURN_IF_ERROR(
         fill_sm90_params(params, call, specialization.tile_q, specialization.tile_k));
-  if (serves)
-    JFA_RETURN_IF_ERROR(fill_tensor_map(params.out, call.out, shape.seqlen_q, shape.heads,
-                                        shape.head_dim, specialization.tile_q));
+  if (serves) {
+    const auto fill = [&](jfa::TensorMap& map, const jfa::TensorView& view) {
+      return fill_tensor_map(map, view, shape.seqlen_q, shape.heads, shape.head_dim,
+                             specialization.prepared_rows);
+    };
+    JFA_RETURN_IF_ERROR(fill(params.out_rows, call.out));
+    JFA_RETURN_IF_ERROR(fill(params.dout_rows, call.dout));
+  }
 
   const std::int64_t row_blocks = backward.padded_rows / jfa::kWorkspaceRowMultiple;
   const std::int64_t first_ctas = row_blocks * prepares_ahead * group_heads;

@@ -192,13 +192,15 @@ int backward_shared_bytes(const BackwardTiles& tiles, int head_dim) {
   const int stages = tiles.query_stages + tiles.dout_stages;
   const int statistics = stages * tiles.tile_q * 4;
   const int barriers = 2 * 8 * (stages + 6);
-  constexpr int kPlaces = 4 * 16 + 16;  // of key tiles, and how many each service warp is done with
-  const int fp32_columns = (head_dim + 15) / 16 * 16;     // parts of dq, on the way to their sums
-  const int service = 32 * 1024 + 4 * tiles.tile_q + 32;  // sm90/row_service.cuh
+  constexpr int kPlaces = 4 * 16;                      // of key tiles
+  const int fp32_columns = (head_dim + 15) / 16 * 16;  // parts of dq, on the way to their sums
+  constexpr int kService = 7 * 4096 + 3 * (2 * 16 + 4 * 8);  // sm90/row_service.cuh
   return 2 * tile_bytes(tiles.tile_k, head_dim) + stages * tile_bytes(tiles.tile_q, head_dim) +
          2 * tile_bytes(tiles.tile_q, tiles.tile_k) + tiles.tile_q * fp32_columns * 4 + statistics +
-         barriers + kPlaces + service;
+         barriers + kPlaces + kService;
 }
+
+int prepared_rows(int head_dim) { return head_dim > 64 ? 8 : 16; }
 
 int backward_postprocess_shared_bytes(const BackwardTiles& tiles, int head_dim) {
   return tile_bytes(tiles.tile_q, head_dim);

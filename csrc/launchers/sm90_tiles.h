@@ -62,6 +62,8 @@ inline bool is_wide(const SplitBackwardTiles& tiles) { return tiles.tile_k == 64
 // Of the main and the postprocess kernel.
 int backward_shared_bytes(const BackwardTiles& tiles, int head_dim);
 int backward_postprocess_shared_bytes(const BackwardTiles& tiles, int head_dim);
+// Rows of out and dout that a service warp of the main kernel prepares at a time: 4 KB of both.
+int prepared_rows(int head_dim);
 constexpr int kBackwardThreads = 384;
 constexpr int kBackwardPostprocessThreads = 256;
 

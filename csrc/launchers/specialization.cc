@@ -276,10 +276,11 @@ StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
   if (spec.deterministic && !leaves_registers)
     return Status::unimplemented(
         "With softcap the fused backward of the sm90 family is deterministic up to head dim 96; "
-        "that "
-        "of sm90split is so for every head dim.");
+        "that of sm90split is so for every head dim.");
   const bool serves_rows = !spec.deterministic && leaves_registers;
+  const int prepared_rows = sm90::prepared_rows(head_dim);
   constant(config, "kServesRows", serves_rows);
+  constant(config, "kPreparedRows", prepared_rows);
   constant(config, "kDeterministic", spec.deterministic);
   const std::string file = "sm90/backward.cuh";
   const std::string postprocess_entry = "flash_backward_postprocess_sm90";
@@ -305,7 +306,7 @@ StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
                            /*starts_early=*/true},
       /*dq_tile_q=*/0,
       /*dq_tile_k=*/0,
-      serves_rows};
+      serves_rows ? prepared_rows : 0};
 }
 
 }  // namespace

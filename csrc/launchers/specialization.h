@@ -45,8 +45,9 @@ struct BackwardSpecialization {
   std::optional<KernelSpecialization> postprocess;
   int dq_tile_q = 0;  // of kSm90Split's dq
   int dq_tile_k = 0;
-  // Of kSm90: whether the main kernel prepares and rounds rows of other heads.
-  bool serves_rows = false;
+  // Of kSm90: how many rows of other heads a warp of the main kernel prepares at a time, 0 where it
+  // serves none.
+  int prepared_rows = 0;
 
   std::vector<KernelSpecialization> kernels() const;
 };

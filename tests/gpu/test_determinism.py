@@ -1,6 +1,7 @@
 """Bitwise equal from run to run: the forward always, gradients when asked for."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +55,19 @@ ORDERED = (
     large("causal_gqa", name="more_queries", seqlen_q=1500, seqlen_k=700),
     large("window_two_sided", name="unseen_keys", seqlen_q=500, seqlen_k=1400),
     large("everything", head_dim=40),
-    large("plain", name="wide", head_dim=128, heads=8, heads_k=8),
 )
 """For the fused backward, where CTAs add to one query tile in one order."""
 
+WIDE = large("plain", name="wide", head_dim=128, heads=8, heads_k=8)
 
-@pytest.mark.parametrize("tiles", ["sm90", "sm90:64,128,3,2", "sm90:64,128,2,3"])
-@pytest.mark.parametrize("case", ORDERED, ids=str)
+TILES = ("sm90", "sm90:64,128,3,2", "sm90:64,128,2,3")
+
+
+@pytest.mark.parametrize(
+    ("case", "tiles"),
+    [*itertools.product(ORDERED, TILES), (WIDE, "sm90")],
+    ids=str,
+)
 def test_additions_in_order(tiles, case, expected):
     devices.require_family("sm90")
     attend = calls.attention(case, implementation="cuda", deterministic=True)
@@ -94,20 +101,36 @@ def test_forward_dk_and_dv_always(large_case):
         assert distinct(results[name] for results in runs) == 1, name
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_thousand_forward_runs(causal):
+MANY_TILES = dataclasses.replace(
+    cases.BY_NAME["many_tiles"], head_dim=128, causal=False
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        MANY_TILES,
+        dataclasses.replace(MANY_TILES, name="causal", causal=True),
+        # The fused backward, with additions in order; the others are for the split one.
+        dataclasses.replace(
+            MANY_TILES, name="in_order", head_dim=64, seqlen_q=1100, seqlen_k=1100
+        ),
+    ],
+    ids=str,
+)
+def test_a_thousand_runs(case):
     """A race between the warps of a pipeline shows in few of them, if at all."""
-    case = dataclasses.replace(cases.BY_NAME["many_tiles"], head_dim=128, causal=causal)
     arrays = inputs.make(case)
-    attend = jax.jit(calls.attention(case, implementation="cuda"))
-    operands = [arrays[x] for x in "qkv"]
-    first = attend(*operands)
+    attend = calls.attention(case, implementation="cuda", deterministic=True)
+    run = jax.jit(calls.with_gradients(attend))
+    first = run(arrays)
 
     @jax.jit
-    def same(out, lse):
-        return jnp.array_equal(first[0], out) & jnp.array_equal(first[1], lse)
+    def same(results):
+        equal = [jnp.array_equal(first[name], results[name]) for name in first]
+        return jnp.stack(equal).all()
 
-    equal = [same(*attend(*operands)) for _ in range(1000)]
+    equal = [same(run(arrays)) for _ in range(1000)]
     assert np.asarray(jnp.stack(equal)).all()
 
 

@@ -54,6 +54,16 @@ MANY_CTAS = (
     dataclasses.replace(
         PLAIN, name="one_step", seqlen_q=60, seqlen_k=700, dropout_p=0.2
     ),
+    # So many rounds that rows are prepared and rounded closer to their use.
+    dataclasses.replace(
+        PLAIN,
+        name="close",
+        heads=12,
+        heads_k=12,
+        seqlen_q=1040,
+        seqlen_k=1100,
+        head_dim=24,
+    ),
     # Its consumers need the idle warps' registers.
     dataclasses.replace(PLAIN, name="without_service", head_dim=128, softcap=10.0),
 )
@@ -101,7 +111,7 @@ def test_containment(operand, row, run_causal, expected):
     containment.check(results, expected[CAUSAL], CAUSAL, operand, row)
 
 
-@pytest.mark.parametrize("name", ["plain", "causal"])
+@pytest.mark.parametrize("name", ["plain", "causal", "close"])
 def test_repeated_runs(name, expected):
     """A row that was used before it was prepared would show in dk and dv.
 

@@ -32,12 +32,12 @@ struct BackwardParams {
   float* delta;     // (batch, heads, padded_rows): rowsum(dout * out) - dlse
   // (kHeadStates, batch, heads), where those of a key head are at the first query head of its
   // group:
-  int* spoilt;      // whether the key head's dk and dv need containing
-  int* dq_spoilt;   // whether dq of the query head does, where the main kernel has rounded it
-  int* prepared;    // key tiles whose CTAs have prepared their share of the group's rows
-  int* added;       // key tiles whose additions to dq of the group are all there
-  int* taken;       // of the first head alone: key tiles that CTAs have taken
-  int* turns;       // (batch, heads, padded_rows / kSmallestQueryTile); null unless deterministic
+  int* spoilt;     // whether the key head's dk and dv need containing
+  int* dq_spoilt;  // whether dq of the query head does, where the main kernel has rounded it
+  int* prepared;   // of key tiles' service warps: those that have prepared their share of the group
+  int* added;      // key tiles whose additions to dq of the group are all there
+  int* taken;      // of the first head alone: key tiles that CTAs have taken
+  int* turns;      // (batch, heads, padded_rows / kSmallestQueryTile); null unless deterministic
   int lse_batches;  // lse and dlse of batch b are those of b % lse_batches
   int dlse_batches;
   int padded_rows;
@@ -58,7 +58,9 @@ struct Sm90BackwardParams {
 // groups back. What they leave, the first and the last groups, is for the kernels before and
 // behind.
 struct Sm90FusedBackwardParams : Sm90BackwardParams {
-  TensorMap out;  // boxes like those of dout
+  TensorMap out_rows;  // boxes of 64 columns x Config::kPreparedRows rows
+  TensorMap dout_rows;
+  int group_heads;  // query heads of a group
   int prepares_ahead;
   int rounds_behind;
   int last_groups;         // that come in another order (sm90/fused_place.cuh)

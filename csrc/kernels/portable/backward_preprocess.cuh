@@ -1,12 +1,13 @@
-// First of the three kernels of a fused backward: what the main kernel starts from
-// (attention/row_preparation.cuh), for all heads or for the first ones, and zeros for the marks,
-// counters and turns of all.
+// First of the three kernels of a fused backward: what the main kernel starts from, for all heads
+// or for the first ones, and zeros for the marks, counters and turns of all. The main kernel starts
+// from zeros for the sums of dq, and the statistics of the query rows
+// (attention/row_statistics.cuh).
 //
 // One CTA serves kPreprocessRows rows of one head.
 #pragma once
 
 #include <attention/head_address.cuh>
-#include <attention/row_preparation.cuh>
+#include <attention/row_statistics.cuh>
 #include <params/backward_params.h>
 #include <ptx/grid_dependency.cuh>
 
@@ -14,6 +15,27 @@ namespace jfa::portable {
 
 constexpr int kPreprocessThreads = 256;
 constexpr int kPreprocessRows = kWorkspaceRowMultiple;
+
+// How the threads share rows of out and of dout, of kChunks times 16 bytes.
+template <int kChunks>
+struct RowDots {
+  static constexpr int kThreadsPerRow = kChunks > 16 ? 32 : kChunks > 8 ? 16 : 8;
+  static constexpr int kRowsPerPass = kPreprocessThreads / kThreadsPerRow;
+
+  // For a thread's chunk of two rows; those behind the last one read that again.
+  static __device__ __forceinline__ int read_chunk() {
+    return min(static_cast<int>(threadIdx.x) % kThreadsPerRow, kChunks - 1);
+  }
+
+  // The product of two rows, known to all their threads, from that of this thread's chunks.
+  static __device__ __forceinline__ float join(float chunk_dot) {
+    float sum = threadIdx.x % kThreadsPerRow < kChunks ? chunk_dot : 0.0f;
+#pragma unroll
+    for (int offset = kThreadsPerRow / 2; offset > 0; offset /= 2)
+      sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    return sum;
+  }
+};
 
 template <class Config>
 __device__ __forceinline__ void backward_preprocess(const BackwardParams& params) {
@@ -34,11 +56,16 @@ __device__ __forceinline__ void backward_preprocess(const BackwardParams& params
   }
 
   // First, since nobody waits for stores: they are on their way while rows are read.
-  attention::clear_sums<kPreprocessThreads>(params, place.batch, place.head, place.tile,
-                                            threadIdx.x);
-  using Dots = attention::RowDots<Config::kHeadDim / 8, kPreprocessThreads>;
+  const long long row_floats = params.padded_columns;
+  float4* const sums = reinterpret_cast<float4*>(
+      params.dq_accum +
+      attention::workspace_row(params, place.batch, place.head, place.tile * kPreprocessRows) *
+          row_floats);
+  for (int i = threadIdx.x; i < kPreprocessRows * row_floats / 4; i += kPreprocessThreads)
+    sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  using Dots = RowDots<Config::kHeadDim / 8>;
   const attention::RowStatistics statistics(params, place.batch, place.head);
-  const int chunk = Dots::read_chunk(threadIdx.x);
+  const int chunk = Dots::read_chunk();
   const unsigned short* out = attention::head_address(params.out, place.batch, place.head);
   const unsigned short* dout = attention::head_address(params.dout, place.batch, place.head);
 #pragma unroll 8
@@ -50,7 +77,7 @@ __device__ __forceinline__ void backward_preprocess(const BackwardParams& params
     const float dot = attention::dot_chunk<typename Config::Element>(
         out + read_row * params.out.row_stride + chunk * 8,
         dout + read_row * params.dout.row_stride + chunk * 8);
-    const float sum = Dots::join(dot, threadIdx.x);
+    const float sum = Dots::join(dot);
     if (threadIdx.x % Dots::kThreadsPerRow == 0)
       statistics.store(row, known.lse_log2(), known.delta(sum));
   }

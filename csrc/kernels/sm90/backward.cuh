@@ -19,7 +19,7 @@
 //                         place
 //   values  1             v of it                    by each consumer's threads, after the last
 //                                                    dprobs
-//   service 2             the place of a key tile    by each service warp's threads, or by each
+//   service 2             the place of a key tile    by a thread of each service warp, or by each
 //                                                    that sends in order
 //   query   kQueryStages  q and lse of a query tile  by each consumer's threads, after dk
 //   dout    kDoutStages   dout and delta             by each consumer's threads, after dv
@@ -28,8 +28,6 @@
 //
 //   barrier  threads               what it orders
 //   1, 2     both consumers (256)  the turns of consumer 0 and of consumer 1
-//   3        service warps (96)    their writes before one of them tells other CTAs, what they
-//                                  stage, and that one of them has heard of other CTAs
 //
 // In its turn a consumer starts dv, dq and dk of a step, then scores and dprobs of the next, and
 // passes the turn on; its exponentials run while the other has its turn. What else it does in its
@@ -391,25 +389,22 @@ __device__ __forceinline__ void consume_backward(const Sm90FusedBackwardParams& 
   }
 }
 
-// Threads: the service warps.
+// Threads: a service warp.
 template <class Config>
 __device__ __forceinline__ void serve_rows(const Sm90FusedBackwardParams& params,
                                            const FusedBackwardStages<Config>& stages) {
   using Shapes = BackwardShapes<Config>;
-  using Service = RowService<Config, Shapes>;
-  const auto served = [&]()->volatile unsigned& {
-    return stages.served.of(ptx::uniform(ptx::reread_thread() / 32) - 1);
-  };
+  typename Shapes::ServicePosition at;
+  ServiceStaging::Position piece_at;
 #pragma unroll 1
   while (true) {
-    stages.service.wait_full(typename Shapes::ServicePosition{served()});
-    if (stages.place(served()).tile == kNoTile) break;
-    // One each: what the first has worked out would stay in registers.
-    Service(params, stages.memory, stages.place(served())).prepare();
-    Service(params, stages.memory, stages.place(served())).tell_prepared();
-    Service(params, stages.memory, stages.place(served())).round();
-    stages.service.release(typename Shapes::ServicePosition{served()}.stage());
-    ServiceCounts::advance(served());
+    stages.service.wait_full(at);
+    const attention::TilePlace place = stages.place(at.fills);
+    if (place.tile == kNoTile) break;
+    RowService<Config, Shapes>(params, stages.memory, place).serve(piece_at);
+    if (ptx::elect_lane()) stages.service.release(at.stage());
+    __syncwarp();
+    at.advance();
   }
 }
 
@@ -426,6 +421,7 @@ __device__ __forceinline__ void backward(const Sm90FusedBackwardParams& params,
     ptx::prefetch_tensor_map(params.dout);
     stages.init();
   }
+  if constexpr (Config::kServesRows) ServiceStaging::clear(stages.memory + Shapes::kServiceOffset);
   __syncthreads();  // the rings are there
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128);
   if (warpgroup == 0) {

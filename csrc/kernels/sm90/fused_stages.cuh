@@ -87,11 +87,10 @@ struct BackwardShapes {
       Config::kTileQ * 16 * kHeadDimSteps * static_cast<int>(sizeof(float));
   static constexpr int kServiceOffset = kQueryGradientOffset + kQueryGradientBytes;
   static_assert(kServiceOffset % 1024 == 0, "a swizzle atom's size");
-  static constexpr int kLseOffset = kServiceOffset + ServiceStaging<QueryTile>::kBytes;
+  static constexpr int kLseOffset = kServiceOffset + ServiceStaging::kBytes;
   static constexpr int kDeltaOffset = kLseOffset + Config::kQueryStages * kStatisticsBytes;
   static constexpr int kPlaceOffset = kDeltaOffset + Config::kDoutStages * kStatisticsBytes;
-  static constexpr int kServedOffset = kPlaceOffset + kPlaces * TilePlaces::kSlotBytes;
-  static constexpr int kQueryRingOffset = kServedOffset + (ServiceCounts::kBytes + 15) / 16 * 16;
+  static constexpr int kQueryRingOffset = kPlaceOffset + kPlaces * TilePlaces::kSlotBytes;
   static constexpr int kDoutRingOffset = kQueryRingOffset + QueryRing::kBytes;
   static constexpr int kKeyRingOffset = kDoutRingOffset + DoutRing::kBytes;
   static constexpr int kValueRingOffset = kKeyRingOffset + KeyRing::kBytes;
@@ -106,7 +105,6 @@ struct FusedBackwardStages : BackwardStages<BackwardShapes<Config>> {
   using Shapes = BackwardShapes<Config>;
   unsigned char* memory;
   TilePlaces places;
-  ServiceCounts served;  // key tiles that a service warp is done with
   typename Shapes::ValueRing values;
   typename Shapes::ServiceRing service;
 
@@ -114,7 +112,6 @@ struct FusedBackwardStages : BackwardStages<BackwardShapes<Config>> {
       : BackwardStages<Shapes>(tile::shared_address(shared_memory)),
         memory(shared_memory),
         places(shared_memory + Shapes::kPlaceOffset),
-        served(shared_memory + Shapes::kServedOffset),
         values{this->shared + Shapes::kValueRingOffset},
         service{this->shared + Shapes::kServiceRingOffset} {}
 
@@ -124,9 +121,8 @@ struct FusedBackwardStages : BackwardStages<BackwardShapes<Config>> {
     this->dout.init(kBackwardConsumers * 128);
     this->keys.init(kBackwardConsumers * 128);
     values.init(kBackwardConsumers * 128);
-    service.init(Config::kServesRows ? kServiceThreads : Shapes::kParts());
-    served.init();
-    ServiceStaging<typename Shapes::QueryTile>::init(memory + Shapes::kServiceOffset);
+    service.init(Config::kServesRows ? kServiceWarps : Shapes::kParts());
+    ServiceStaging::init(memory + Shapes::kServiceOffset);
     for (int consumer = 0; consumer < kBackwardConsumers; ++consumer)
       sums(consumer).init(1, /*fillers=*/128);
     ptx::mbarrier_init_fence();
