@@ -1,7 +1,6 @@
-// First of the three kernels of a fused backward: what the main kernel starts from, for all heads
-// or for the first ones, and zeros for the marks, counters and turns of all. The main kernel starts
-// from zeros for the sums of dq, and the statistics of the query rows
-// (attention/row_statistics.cuh).
+// First of the three kernels of a fused backward. It leaves what the main kernel starts from, zeros
+// for the sums of dq and the statistics of the query rows (attention/row_statistics.cuh), for all
+// heads or for the first ones, and zeros for the marks, counters and turns of all.
 //
 // One CTA serves kPreprocessRows rows of one head.
 #pragma once

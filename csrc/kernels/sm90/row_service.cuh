@@ -10,9 +10,9 @@
 // `rounds_behind` back, which lie in L2. The first groups find their rows prepared by the
 // kernel before, and the kernel behind rounds what is left.
 //
-// The work is cut into pieces of 4 KB of shared memory, which the warps take in turn. No warp waits
-// for another one, and each has the next piece on its way while it works on one: what a piece costs
-// is latency, not bandwidth or instructions (docs/tuning.md).
+// The work is cut into pieces of up to 4 KB of shared memory, which the warps take in turn. No warp
+// waits for another one, and each has the next piece on its way while it works on one. What binds
+// them is in docs/tuning.md.
 //
 // With a key tile a CTA waits only for what comes with earlier ones, which have been taken by then,
 // and whose CTAs do not wait for this one. The last groups have none to prepare for.
