@@ -142,6 +142,30 @@ class SplitBackwardTiles(Tiles):
         return needed <= _SHARED_BYTES - _BARRIER_BYTES and fits_registers
 
 
+@dataclasses.dataclass(frozen=True)
+class HeadBackwardTiles(Tiles):
+    """Tiles of sm90/head_backward.cuh."""
+
+    family: ClassVar[str] = "sm90head"
+    tile_q: int
+    tile_k: int
+    query_stages: int
+    dout_stages: int
+    head_tiles: int
+
+    def fits(self, head_dim: int) -> bool:
+        """Returns whether there is a kernel for it, and shared memory."""
+        if head_dim > 64:
+            return False
+        stages = self.query_stages + self.dout_stages
+        rows = 5 * self.tile_k // 2 + stages * self.tile_q
+        dscores = 2 * self.tile_q * self.tile_k
+        fp32_columns = -(-head_dim // 16) * 16
+        needed = 2 * rows * _panel_columns(head_dim) + dscores
+        needed += 4 * self.tile_q * (self.head_tiles * fp32_columns + stages)
+        return needed <= _SHARED_BYTES - _BARRIER_BYTES
+
+
 def _panel_columns(head_dim: int) -> int:
     """Columns that a row takes in shared memory."""
     return -(-head_dim // 64) * 64
@@ -185,20 +209,31 @@ def split_backward_candidates(head_dim: int) -> Iterator[SplitBackwardTiles]:
             yield candidate
 
 
+def head_backward_candidates(head_dim: int) -> Iterator[HeadBackwardTiles]:
+    """Yields the tiles worth trying for a head dim."""
+    for query_stages, dout_stages in itertools.product((2, 3, 4), (2, 3, 4)):
+        candidate = HeadBackwardTiles(64, 128, query_stages, dout_stages, 8)
+        if candidate.fits(head_dim):
+            yield candidate
+
+
 CANDIDATES: Mapping[str, Callable[[int], Iterator[Tiles]]] = {
     "forward": forward_candidates,
     "backward": backward_candidates,
     "split_backward": split_backward_candidates,
+    "head_backward": head_backward_candidates,
 }
 TILES: Mapping[str, Callable[..., Tiles]] = {
     "forward": ForwardTiles,
     "backward": BackwardTiles,
     "split_backward": SplitBackwardTiles,
+    "head_backward": HeadBackwardTiles,
 }
 OPERATIONS = {
     "forward": "forward",
     "backward": "backward",
     "split_backward": "backward",
+    "head_backward": "backward",
 }
 """Of a table, what its tiles compute."""
 MODES = {"forward": "fwd", "backward": "bwd"}
@@ -327,7 +362,8 @@ def _parser() -> argparse.ArgumentParser:
         "--operation",
         choices=tuple(TILES),
         default="forward",
-        help="split_backward: dq by itself, dk and dv by themselves",
+        help="split_backward: dq by itself, dk and dv by themselves; head_backward: "
+        "CTAs take whole heads, of up to 512 queries",
     )
     add("--head-dim", type=int, default=128, metavar="D", help="default: %(default)s")
     add("--mask", choices=("full", "causal"), default="causal")

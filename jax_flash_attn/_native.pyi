@@ -19,6 +19,11 @@ def tiles(
     head_dim: int,
     architecture: str,
     seqlen_q: int = ...,
+    batch: int = 0,
+    seqlen_k: int = 0,
+    heads: int = 0,
+    heads_k: int = 0,
+    multiprocessors: int = 0,
 ) -> str: ...
 def compile(
     operation: str,
@@ -29,6 +34,10 @@ def compile(
     fresh: bool = False,
     tiles: str = "",
     seqlen_q: int = ...,
+    batch: int = 0,
+    seqlen_k: int = 0,
+    heads: int = 0,
+    heads_k: int = 0,
 ) -> list[dict[str, Any]]: ...
 def devices() -> list[dict[str, Any]]: ...
 def driver_version() -> int: ...

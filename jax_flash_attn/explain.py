@@ -99,7 +99,7 @@ def explain(
     head_dim = structs["q"].shape[-1]
     padded = _support.padded_head_dim(head_dim)
     dtype = structs["q"].dtype
-    target, reason = _target(architecture)
+    target, multiprocessors, reason = _target(architecture)
     obstacle = (
         'implementation="jax" was passed'
         if chosen == "jax"
@@ -117,6 +117,11 @@ def explain(
             padded,
             target,
             seqlen_q=seqlen_q,
+            batch=batch,
+            seqlen_k=seqlen_k,
+            heads=heads,
+            heads_k=structs["k"].shape[2],
+            multiprocessors=multiprocessors,
         )
         for operation in ("forward", "backward")
     }
@@ -131,15 +136,17 @@ def explain(
     )
 
 
-def _target(architecture: str | None) -> tuple[str, str]:
-    """The architecture to explain for, and why there is none."""
+def _target(architecture: str | None) -> tuple[str, int, str]:
+    """The architecture, its multiprocessors if known or 0, or why there is none."""
     if _ffi.native is None:
-        return "", _ffi.native_missing
+        return "", 0, _ffi.native_missing
     if architecture is not None:
-        return architecture, ""
+        return architecture, 0, ""
     if not _support.on_gpu():
-        return "", f"JAX's default backend is {jax.default_backend()!r}, not a CUDA GPU"
+        backend = jax.default_backend()
+        return "", 0, f"JAX's default backend is {backend!r}, not a CUDA GPU"
     obstacle = _support.machine_obstacle()
     if obstacle:
-        return "", obstacle
-    return str(_ffi.native.devices()[0]["architecture"]), ""
+        return "", 0, obstacle
+    device = _ffi.native.devices()[0]
+    return str(device["architecture"]), int(device["multiprocessors"]), ""

@@ -59,6 +59,8 @@ StatusOr<BackwardCall> decode(const xla::ffi::Dictionary& attributes, BufferRead
   JFA_RETURN_IF_ERROR(check_alignment(call.v, "v"));
   JFA_RETURN_IF_ERROR(check_alignment(call.out, "out"));
   JFA_RETURN_IF_ERROR(check_alignment(call.dout, "dout"));
+  JFA_RETURN_IF_ERROR(check_alignment(call.dk, "dk"));
+  JFA_RETURN_IF_ERROR(check_alignment(call.dv, "dv"));
   return call;
 }
 

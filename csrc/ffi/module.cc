@@ -99,15 +99,13 @@ StatusOr<Kernels> specialize(const std::string& operation, const AttentionSpec& 
 // Where no length is given: longer than any row of the tile tables is limited to.
 constexpr std::int64_t kLongSeqlen = std::numeric_limits<std::int32_t>::max();
 
-StatusOr<AttentionShape> shape_of(const std::string& dtype, int head_dim, std::int64_t seqlen_q) {
-  AttentionShape shape;
+// A shape of which tiles depend on the rest, too: where that is not given, of no heads.
+StatusOr<AttentionShape> shape_of(const std::string& dtype, AttentionShape shape) {
   if (dtype != "bfloat16" && dtype != "float16") {
     return Status::invalid_argument("dtype must be 'bfloat16' or 'float16', got '" + dtype + "'.");
   }
   shape.element =
       dtype == "bfloat16" ? launchers::Element::kBFloat16 : launchers::Element::kFloat16;
-  shape.head_dim = head_dim;
-  shape.seqlen_q = seqlen_q;
   return shape;
 }
 
@@ -125,26 +123,34 @@ AttentionSpec spec_of(const nb::dict& fields) {
   return spec;
 }
 
+// Where the number of multiprocessors is 0, that of the architecture's usual device.
 Kernels specialize_named(const std::string& operation, const nb::dict& fields,
-                         const std::string& dtype, int head_dim, const std::string& architecture,
-                         std::int64_t seqlen_q, const std::string& tiles) {
+                         const std::string& dtype, const AttentionShape& shape,
+                         const std::string& architecture, int multiprocessors,
+                         const std::string& tiles) {
+  launchers::Target target = value_or_raise(launchers::named_target(architecture));
+  if (multiprocessors > 0) target.multiprocessors = multiprocessors;
   return value_or_raise(specialize(operation, spec_of(fields),
-                                   value_or_raise(shape_of(dtype, head_dim, seqlen_q)),
-                                   value_or_raise(launchers::named_target(architecture)), tiles));
+                                   value_or_raise(shape_of(dtype, shape)), target, tiles));
 }
 
 std::string tiles(const std::string& operation, const nb::dict& fields, const std::string& dtype,
-                  int head_dim, const std::string& architecture, std::int64_t seqlen_q) {
-  return specialize_named(operation, fields, dtype, head_dim, architecture, seqlen_q, "").tiles;
+                  int head_dim, const std::string& architecture, std::int64_t seqlen_q,
+                  std::int64_t batch, std::int64_t seqlen_k, std::int64_t heads,
+                  std::int64_t heads_k, int multiprocessors) {
+  const AttentionShape shape{{}, batch, seqlen_q, seqlen_k, heads, heads_k, head_dim};
+  return specialize_named(operation, fields, dtype, shape, architecture, multiprocessors, "").tiles;
 }
 
 // Compiles an operation's kernels into the cache. `fresh`: compile even what the cache has, so that
 // the compiler's report is there. `tiles`: as override_tiles takes them, for this time.
 nb::list compile(const std::string& operation, const nb::dict& fields, const std::string& dtype,
                  int head_dim, const std::string& architecture, bool fresh,
-                 const std::string& tiles, std::int64_t seqlen_q) {
-  const Kernels kernels =
-      specialize_named(operation, fields, dtype, head_dim, architecture, seqlen_q, tiles);
+                 const std::string& tiles, std::int64_t seqlen_q, std::int64_t batch,
+                 std::int64_t seqlen_k, std::int64_t heads, std::int64_t heads_k) {
+  const AttentionShape shape{{}, batch, seqlen_q, seqlen_k, heads, heads_k, head_dim};
+  const Kernels kernels = specialize_named(operation, fields, dtype, shape, architecture,
+                                           /*multiprocessors=*/0, tiles);
   nb::list report;
   for (const launchers::KernelSpecialization& kernel : kernels.kernels) {
     runtime::CubinInfo info{};
@@ -188,10 +194,10 @@ nb::list devices() {
     row["name"] = info.name;
     row["compute_capability"] = info.compute_capability;
     row["multiprocessors"] = info.multiprocessors;
-    row["architecture"] =
-        value_or_raise(
-            launchers::device_target(info.compute_capability, info.shared_bytes_per_block_optin))
-            .architecture;
+    row["architecture"] = value_or_raise(launchers::device_target(info.compute_capability,
+                                                                  info.shared_bytes_per_block_optin,
+                                                                  info.multiprocessors))
+                              .architecture;
     result.append(row);
   }
   return result;
@@ -230,10 +236,13 @@ NB_MODULE(_native, module) {
              nb::arg("nvrtc_path"), nb::arg("nvrtc_directories"), nb::arg("dump_directory"),
              nb::arg("version"));
   module.def("tiles", &tiles, nb::arg("operation"), nb::arg("spec"), nb::arg("dtype"),
-             nb::arg("head_dim"), nb::arg("architecture"), nb::arg("seqlen_q") = kLongSeqlen);
+             nb::arg("head_dim"), nb::arg("architecture"), nb::arg("seqlen_q") = kLongSeqlen,
+             nb::arg("batch") = 0, nb::arg("seqlen_k") = 0, nb::arg("heads") = 0,
+             nb::arg("heads_k") = 0, nb::arg("multiprocessors") = 0);
   module.def("compile", &compile, nb::arg("operation"), nb::arg("spec"), nb::arg("dtype"),
              nb::arg("head_dim"), nb::arg("architecture"), nb::arg("fresh") = false,
-             nb::arg("tiles") = "", nb::arg("seqlen_q") = kLongSeqlen);
+             nb::arg("tiles") = "", nb::arg("seqlen_q") = kLongSeqlen, nb::arg("batch") = 0,
+             nb::arg("seqlen_k") = 0, nb::arg("heads") = 0, nb::arg("heads_k") = 0);
   nb::list limits;
   for (const std::int64_t limit : launchers::kSeqlenLimits) limits.append(limit);
   module.attr("seqlen_limits") = nb::tuple(limits);

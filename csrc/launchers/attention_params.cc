@@ -69,7 +69,8 @@ StatusOr<CurrentDevice> current_target() {
   JFA_ASSIGN_OR_RETURN(const int ordinal, runtime::current_device());
   JFA_ASSIGN_OR_RETURN(const runtime::DeviceInfo* info, runtime::device_info(ordinal));
   JFA_ASSIGN_OR_RETURN(Target target,
-                       device_target(info->compute_capability, info->shared_bytes_per_block_optin));
+                       device_target(info->compute_capability, info->shared_bytes_per_block_optin,
+                                     info->multiprocessors));
   return CurrentDevice{ordinal, std::move(target)};
 }
 

@@ -18,6 +18,7 @@ struct AttentionSpec {
   bool deterministic = false;
   std::string packing = "none";  // "none", "kv", "qkv"
 
+  bool causal() const { return window_left < 0 && window_right == 0; }
   bool windowed() const { return window_left >= 0 || window_right >= 0; }
   bool dropout() const { return dropout_p > 0.0; }
 };

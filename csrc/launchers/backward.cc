@@ -8,6 +8,7 @@
 #include "launchers/attention_params.h"
 #include "launchers/dealt_tiles.h"
 #include "launchers/plan_table.h"
+#include "launchers/sm90_tiles.h"
 #include "launchers/specialization.h"
 #include "launchers/tensor_maps.h"
 #include "runtime/device.h"
@@ -20,9 +21,9 @@ using runtime::StatusOr;
 
 struct BackwardPlan {
   BackwardSpecialization specialization;
-  const runtime::Kernel* first;
+  const runtime::Kernel* first;  // null where there is none
   const runtime::Kernel* main;
-  const runtime::Kernel* postprocess;  // null where there is none
+  const runtime::Kernel* postprocess;  // likewise
   int multiprocessors;
 };
 
@@ -30,6 +31,15 @@ struct BackwardPlan {
 PlanTable<BackwardPlan>& plans() {
   static auto* const table = new PlanTable<BackwardPlan>;
   return *table;
+}
+
+// On top of what the tables depend on: whether there are heads enough.
+StatusOr<PlanKey> key_of(const BackwardCall& call, int device) {
+  JFA_ASSIGN_OR_RETURN(const runtime::DeviceInfo* info, runtime::device_info(device));
+  PlanKey key = plan_key(call.spec, call.shape, device);
+  key.values.back() =
+      2 * key.values.back() + (sm90::suits_heads(call.shape, info->multiprocessors) ? 1 : 0);
+  return key;
 }
 
 StatusOr<BackwardPlan> make_plan(const BackwardCall& call) {
@@ -47,7 +57,10 @@ StatusOr<BackwardPlan> make_plan(const BackwardCall& call) {
   std::vector<std::future<void>> compiled;
   for (const KernelSpecialization& kernel : kernels) compiled.push_back(compile(kernel));
   JFA_ASSIGN_OR_RETURN(const runtime::Kernel* main, load(specialization.main, device.ordinal));
-  JFA_ASSIGN_OR_RETURN(const runtime::Kernel* first, load(specialization.first, device.ordinal));
+  const runtime::Kernel* first = nullptr;
+  if (specialization.first) {
+    JFA_ASSIGN_OR_RETURN(first, load(*specialization.first, device.ordinal));
+  }
   const runtime::Kernel* postprocess = nullptr;
   if (specialization.postprocess) {
     JFA_ASSIGN_OR_RETURN(postprocess, load(*specialization.postprocess, device.ordinal));
@@ -115,6 +128,9 @@ std::int64_t mean_visible_keys(const jfa::AttentionParams& params) {
   return sum / kSamples;
 }
 
+// Each fetches its own half of a key tile (sm90/head_backward.cuh).
+constexpr int kConsumersOfKeys = 2;
+
 // Where queries see fewer keys than this, a CTA's products are done before its idle warps are.
 constexpr std::int64_t kServedKeys = 384;
 // From as many keys and steps of as many queries on, and in calls of as many rounds, idle warps
@@ -176,7 +192,7 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
 
   const std::int64_t row_blocks = backward.padded_rows / jfa::kWorkspaceRowMultiple;
   const std::int64_t first_ctas = row_blocks * prepares_ahead * group_heads;
-  JFA_RETURN_IF_ERROR(launch(*plan.first, specialization.first, first_ctas, stream, &backward));
+  JFA_RETURN_IF_ERROR(launch(*plan.first, *specialization.first, first_ctas, stream, &backward));
   // CTAs stay, and take one key tile after the other. Without queries nobody has cleared what they
   // take tiles by, and there is little to do.
   const std::int64_t key_tiles = group_tiles * groups;
@@ -203,7 +219,7 @@ Status run_split(const BackwardCall& call, const BackwardPlan& plan,
   JFA_RETURN_IF_ERROR(
       fill_sm90_params(dq, call, specialization.dq_tile_q, specialization.dq_tile_k));
   const std::int64_t query_tiles = dq.tiles.of_head * shape.batch * shape.heads;
-  JFA_RETURN_IF_ERROR(launch(*plan.first, specialization.first,
+  JFA_RETURN_IF_ERROR(launch(*plan.first, *specialization.first,
                              std::min(multiprocessors, query_tiles), stream, &dq));
 
   jfa::Sm90DealtBackwardParams dk_dv{};
@@ -215,19 +231,41 @@ Status run_split(const BackwardCall& call, const BackwardPlan& plan,
                 &dk_dv, query_tiles > 0);
 }
 
+// Everything at once, a head at a time.
+Status run_head(const BackwardCall& call, const BackwardPlan& plan,
+                const jfa::BackwardParams& backward, runtime::CUstream stream) {
+  const AttentionShape& shape = call.shape;
+  const BackwardSpecialization& specialization = plan.specialization;
+  if (shape.batch == 0) return Status();  // there is nothing that a tensor map could describe
+  // Of every call: where the family is forced, one plan serves heads that fit and others.
+  JFA_RETURN_IF_ERROR(
+      sm90::check_head_fits(specialization.head_tiles, specialization.tile_q, shape));
+  jfa::Sm90HeadBackwardParams params{};
+  params.backward = backward;
+  const int key_rows = specialization.tile_k / kConsumersOfKeys;
+  JFA_RETURN_IF_ERROR(fill_sm90_params(params, call, specialization.tile_q, key_rows));
+  const auto fill = [&](jfa::TensorMap& map, const jfa::TensorView& view) {
+    return fill_tensor_map(map, view, shape.seqlen_k, shape.heads_k, shape.head_dim, key_rows);
+  };
+  JFA_RETURN_IF_ERROR(fill(params.dk, call.dk));
+  JFA_RETURN_IF_ERROR(fill(params.dv, call.dv));
+  return launch(*plan.main, specialization.main,
+                std::min<std::int64_t>(plan.multiprocessors, shape.batch * shape.heads_k), stream,
+                &params);
+}
+
 }  // namespace
 
 Status prepare_backward(const BackwardCall& call) {
   JFA_RETURN_IF_ERROR(check_sizes(call.shape));
   JFA_ASSIGN_OR_RETURN(const int device, runtime::current_device());
-  return plans()
-      .get(plan_key(call.spec, call.shape, device), [&] { return make_plan(call); })
-      .status();
+  JFA_ASSIGN_OR_RETURN(const PlanKey key, key_of(call, device));
+  return plans().get(key, [&] { return make_plan(call); }).status();
 }
 
 Status run_backward(const BackwardCall& call, runtime::CUstream stream) {
   JFA_ASSIGN_OR_RETURN(const int device, runtime::current_device());
-  const PlanKey key = plan_key(call.spec, call.shape, device);
+  JFA_ASSIGN_OR_RETURN(const PlanKey key, key_of(call, device));
   const BackwardPlan* plan = plans().find(key);
   if (plan == nullptr) {
     JFA_RETURN_IF_ERROR(check_not_capturing(stream));
@@ -238,8 +276,9 @@ Status run_backward(const BackwardCall& call, runtime::CUstream stream) {
   const jfa::BackwardParams params = backward_params(call);
   const std::int64_t query_heads = call.shape.batch * call.shape.heads;
   if (specialization.family == Family::kSm90Split) return run_split(call, *plan, params, stream);
+  if (specialization.family == Family::kSm90Head) return run_head(call, *plan, params, stream);
   if (specialization.family == Family::kSm90) return run_fused(call, *plan, params, stream);
-  JFA_RETURN_IF_ERROR(launch(*plan->first, specialization.first,
+  JFA_RETURN_IF_ERROR(launch(*plan->first, *specialization.first,
                              params.padded_rows / jfa::kWorkspaceRowMultiple * query_heads, stream,
                              &params));
   const std::int64_t key_tiles =

@@ -9,6 +9,7 @@ PlanKey plan_key(const AttentionSpec& spec, const AttentionShape& shape, int dev
   const bool bits[] = {
       shape.element == Element::kFloat16,
       spec.windowed(),
+      spec.causal(),
       spec.softcap > 0.0,
       spec.alibi,
       spec.dropout(),

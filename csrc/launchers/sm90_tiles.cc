@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <limits>
 
+#include "launchers/attention_params.h"
 #include "launchers/tile_table.h"
 
 namespace jax_flash_attn::launchers::sm90 {
@@ -46,8 +47,8 @@ constexpr Row<BackwardTiles> kBackward[] = {
     {128, Features::kNoSoftcap, {64, 128, 2, 2}},
 };
 
-// For what kBackward leaves, short sequences, and deterministic calls but for long ones of narrow
-// heads.
+// For what kBackward leaves, short sequences, and deterministic calls but for long ones that are of
+// narrow heads or causal.
 //                                      tile_q  tile_k  query, dout stages; of dq: tile_q  tile_k
 //                                      query, key, value stages
 constexpr Row<SplitBackwardTiles> kSplitBackward[] = {
@@ -60,6 +61,21 @@ constexpr Row<SplitBackwardTiles> kSplitBackward[] = {
     {192, Features::kAny, {64, 64, 3, 3, 128, 48, 1, 3, 3}},
     {kAnyHeadDim, Features::kAny, {64, 64, 2, 2, 128, 32, 1, 3, 3}},
 };
+
+// For short sequences of many heads.
+//                                        tile_q  tile_k  query, dout stages  head_tiles
+constexpr Row<HeadBackwardTiles> kHeadBackward[] = {
+    {64, Features::kNoSoftcap, {64, 128, 3, 2, 8}},
+};
+constexpr int kHeadTileQ = 64;  // of every row
+constexpr int kHeadTiles = 8;
+template <std::size_t kRows>
+constexpr bool heads_are_known(const Row<HeadBackwardTiles> (&rows)[kRows]) {
+  for (const Row<HeadBackwardTiles>& row : rows)
+    if (row.tiles.tile_q != kHeadTileQ || row.tiles.head_tiles != kHeadTiles) return false;
+  return true;
+}
+static_assert(heads_are_known(kHeadBackward), "suits_heads() is asked before a row is chosen");
 
 template <typename Tiles, std::size_t kRows, typename SharedBytes>
 StatusOr<Tiles> choose(const Row<Tiles> (&rows)[kRows], const AttentionSpec& spec,
@@ -92,14 +108,28 @@ int key_walk_threads(int tile_q) { return (tile_q / 64 + 1) * 128; }
 // Dropout is drawn twice. Measurements are in docs/tuning.md.
 constexpr std::int64_t kSplitNarrow = 512;  // head dims up to 64
 constexpr std::int64_t kSplitWide = 1024;
-constexpr std::int64_t kSplitDeterministic = 1024;  // head dims up to 64; above those always
+constexpr std::int64_t kSplitDeterministic = 1024;      // head dims up to 64
+constexpr std::int64_t kSplitWideDeterministic = 4096;  // up to 128 and causal; above those always
 static_assert(is_seqlen_limit(kSplitNarrow) && is_seqlen_limit(kSplitWide) &&
-                  is_seqlen_limit(kSplitDeterministic),
+                  is_seqlen_limit(kSplitDeterministic) && is_seqlen_limit(kSplitWideDeterministic),
               "calls of one plan run the same kernels");
 
+std::int64_t group_heads(const AttentionShape& shape) {
+  return shape.heads / std::max<std::int64_t>(1, shape.heads_k);
+}
+
+// By how much CTAs that take whole heads are faster than the split form, or more (docs/tuning.md):
+// up to that they may take longer because some idle in the last round.
+constexpr double kHeadGain = 1.05;
+
 std::int64_t split_seqlen(const AttentionSpec& spec, std::int64_t head_dim) {
-  if (spec.deterministic)
-    return head_dim <= 64 ? kSplitDeterministic : std::numeric_limits<std::int64_t>::max();
+  if (spec.deterministic) {
+    if (head_dim <= 64) return kSplitDeterministic;
+    // Not with softcap or dropout, whose consumers leave idle warps no registers.
+    return spec.causal() && spec.softcap == 0.0 && !spec.dropout()
+               ? kSplitWideDeterministic
+               : std::numeric_limits<std::int64_t>::max();
+  }
   if (spec.dropout()) return -1;
   return head_dim <= 64 ? kSplitNarrow : kSplitWide;
 }
@@ -111,7 +141,7 @@ constexpr bool limits_are_known(const Row<Tiles> (&rows)[kRows]) {
   return true;
 }
 static_assert(limits_are_known(kForward) && limits_are_known(kBackward) &&
-                  limits_are_known(kSplitBackward),
+                  limits_are_known(kSplitBackward) && limits_are_known(kHeadBackward),
               "calls of one plan run the same kernels");
 
 }  // namespace
@@ -135,6 +165,51 @@ StatusOr<SplitBackwardTiles> split_backward_tiles(const AttentionSpec& spec,
                                                   const AttentionShape& shape,
                                                   const Target& target) {
   return choose(kSplitBackward, spec, shape, target, split_backward_shared_bytes);
+}
+
+StatusOr<HeadBackwardTiles> head_backward_tiles(const AttentionSpec& spec,
+                                                const AttentionShape& shape, const Target& target) {
+  return choose(kHeadBackward, spec, shape, target, head_backward_shared_bytes);
+}
+
+Status check_head_fits(int head_tiles, int tile_q, const AttentionShape& shape) {
+  const std::int64_t query_tiles = group_heads(shape) * ceil_div(shape.seqlen_q, tile_q);
+  if (query_tiles <= head_tiles) return Status();
+  return Status::unimplemented("dq of " + std::to_string(head_tiles) +
+                               " query tiles of a key head fits into shared memory; there are " +
+                               std::to_string(query_tiles) + ".");
+}
+
+bool suits_heads(const AttentionShape& shape, int multiprocessors) {
+  const std::int64_t heads = shape.batch * shape.heads_k;
+  const double rounds = static_cast<double>(ceil_div(heads, multiprocessors));
+  return heads > 0 && shape.seqlen_k > 0 && check_head_fits(kHeadTiles, kHeadTileQ, shape).ok() &&
+         rounds * multiprocessors <= kHeadGain * static_cast<double>(heads);
+}
+
+bool takes_heads(const AttentionSpec& spec, const AttentionShape& shape, const Target& target) {
+  // Deterministic gradients of a row do not depend on how many others there are.
+  return !spec.deterministic && suits_heads(shape, target.multiprocessors) &&
+         head_backward_tiles(spec, shape, target).ok();
+}
+
+int head_backward_shared_bytes(const HeadBackwardTiles& tiles, int head_dim) {
+  const int stages = tiles.query_stages + tiles.dout_stages;
+  constexpr int kConsumers = 2;
+  constexpr int kKeyTiles = 3 + kConsumers;  // of k and of v, 64 rows each
+  const int statistics = stages * tiles.tile_q * 4;
+  constexpr int kPlaces = 4 * 16;
+  const int barriers = 2 * 8 * (stages + kKeyTiles + 4 + 8);
+  const int fp32_columns = (head_dim + 15) / 16 * 16;
+  return kKeyTiles * tile_bytes(tiles.tile_k / kConsumers, head_dim) +
+         stages * tile_bytes(tiles.tile_q, head_dim) + tile_bytes(tiles.tile_q, tiles.tile_k) +
+         tiles.head_tiles * tiles.tile_q * fp32_columns * 4 + statistics + kPlaces + barriers;
+}
+
+std::string describe(const HeadBackwardTiles& tiles) {
+  return "sm90 head, " + std::to_string(tiles.tile_q) + "x" + std::to_string(tiles.tile_k) + ", " +
+         std::to_string(tiles.query_stages) + " + " + std::to_string(tiles.dout_stages) +
+         " stages, " + std::to_string(tiles.head_tiles) + " query tiles";
 }
 
 int query_gradient_shared_bytes(const SplitBackwardTiles& tiles, int head_dim) {

@@ -39,6 +39,15 @@ struct SplitBackwardTiles {
   int dq_value_stages;
 };
 
+// Of a backward whose CTAs take whole heads (sm90/head_backward.cuh).
+struct HeadBackwardTiles {
+  int tile_q;
+  int tile_k;
+  int query_stages;
+  int dout_stages;
+  int head_tiles;  // query tiles of a key head, of all query heads that read it, that fit
+};
+
 // kUnimplemented where no row serves.
 runtime::StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec,
                                               const AttentionShape& shape, const Target& target);
@@ -49,6 +58,19 @@ runtime::StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec,
 // Whether a call's dq is better computed by itself: two products more for each tile, but no sums in
 // memory that kernels before and behind must clear and round, and one order of additions.
 bool splits_backward(const AttentionSpec& spec, const AttentionShape& shape, const Target& target);
+
+runtime::StatusOr<HeadBackwardTiles> head_backward_tiles(const AttentionSpec& spec,
+                                                         const AttentionShape& shape,
+                                                         const Target& target);
+
+// kUnimplemented where a key head has more query tiles than fit.
+runtime::Status check_head_fits(int head_tiles, int tile_q, const AttentionShape& shape);
+
+// Whether the CTAs of a backward better take whole heads, as far as the shape goes: dq of one fits
+// into shared memory, and there are enough for the multiprocessors. Of each call, in little time.
+bool suits_heads(const AttentionShape& shape, int multiprocessors);
+// Whether they do.
+bool takes_heads(const AttentionSpec& spec, const AttentionShape& shape, const Target& target);
 
 runtime::StatusOr<SplitBackwardTiles> split_backward_tiles(const AttentionSpec& spec,
                                                            const AttentionShape& shape,
@@ -76,5 +98,7 @@ int query_gradient_threads(const SplitBackwardTiles& tiles);
 int key_gradient_shared_bytes(const SplitBackwardTiles& tiles, int head_dim);
 int split_backward_shared_bytes(const SplitBackwardTiles& tiles, int head_dim);
 std::string describe(const SplitBackwardTiles& tiles);
+int head_backward_shared_bytes(const HeadBackwardTiles& tiles, int head_dim);
+std::string describe(const HeadBackwardTiles& tiles);
 
 }  // namespace jax_flash_attn::launchers::sm90

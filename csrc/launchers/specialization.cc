@@ -241,22 +241,52 @@ StatusOr<BackwardSpecialization> sm90_split_backward(const AttentionSpec& spec,
       "Sm90DealtBackwardParams", "jfa::sm90::" + kernel + "<Config>(params, shared)",
       needs_shared(sm90::is_wide(tiles) ? "sm90::WideKeyGradientShapes" : "sm90::KeyGradientShapes",
                    sm90::key_gradient_shared_bytes(tiles, head_dim)));
-  return BackwardSpecialization{Family::kSm90Split,
-                                sm90::describe(tiles),
-                                tiles.tile_q,
-                                tiles.tile_k,
-                                {{dq_source, kHopper},
-                                 dq_entry,
-                                 dq_threads,
-                                 sm90::query_gradient_shared_bytes(tiles, head_dim)},
-                                {{source, kHopper},
-                                 entry,
-                                 sm90::kBackwardThreads,
-                                 sm90::key_gradient_shared_bytes(tiles, head_dim),
-                                 /*starts_early=*/true},
-                                std::nullopt,
-                                tiles.dq_tile_q,
-                                tiles.dq_tile_k};
+  return BackwardSpecialization{
+      Family::kSm90Split,
+      sm90::describe(tiles),
+      tiles.tile_q,
+      tiles.tile_k,
+      KernelSpecialization{{dq_source, kHopper},
+                           dq_entry,
+                           dq_threads,
+                           sm90::query_gradient_shared_bytes(tiles, head_dim)},
+      {{source, kHopper},
+       entry,
+       sm90::kBackwardThreads,
+       sm90::key_gradient_shared_bytes(tiles, head_dim),
+       /*starts_early=*/true},
+      std::nullopt,
+      tiles.dq_tile_q,
+      tiles.dq_tile_k};
+}
+
+StatusOr<BackwardSpecialization> sm90_head_backward(const AttentionSpec& spec,
+                                                    const AttentionShape& shape,
+                                                    const Target& target,
+                                                    const std::optional<TileOverride>& forced) {
+  const int head_dim = static_cast<int>(shape.head_dim);
+  JFA_ASSIGN_OR_RETURN(const sm90::HeadBackwardTiles tiles,
+                       chosen_tiles(forced, spec, shape, target, sm90::head_backward_tiles,
+                                    sm90::head_backward_shared_bytes));
+  JFA_RETURN_IF_ERROR(sm90::check_head_fits(tiles.head_tiles, tiles.tile_q, shape));
+  const int shared_bytes = sm90::head_backward_shared_bytes(tiles, head_dim);
+  std::string config = config_of(spec, shape, tiles.tile_q, tiles.tile_k);
+  constant(config, "kQueryStages", tiles.query_stages);
+  constant(config, "kDoutStages", tiles.dout_stages);
+  constant(config, "kHeadTiles", tiles.head_tiles);
+  const std::string entry = "flash_head_backward_sm90";
+  const std::string source =
+      program("sm90/head_backward.cuh", config, sm90::kBackwardThreads, 1, entry,
+              "Sm90HeadBackwardParams", "jfa::sm90::head_backward<Config>(params, shared)",
+              needs_shared("sm90::HeadBackwardShapes", shared_bytes));
+  return BackwardSpecialization{
+      Family::kSm90Head,   sm90::describe(tiles),
+      tiles.tile_q,        tiles.tile_k,
+      std::nullopt,        {{source, kHopper}, entry, sm90::kBackwardThreads, shared_bytes},
+      std::nullopt,
+      /*dq_tile_q=*/0,
+      /*dq_tile_k=*/0,
+      /*prepared_rows=*/0, tiles.head_tiles};
 }
 
 StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
@@ -312,11 +342,14 @@ StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
 }  // namespace
 
 std::vector<KernelSpecialization> BackwardSpecialization::kernels() const {
-  if (postprocess) return {first, main, *postprocess};
-  return {first, main};
+  std::vector<KernelSpecialization> kernels;
+  if (first) kernels.push_back(*first);
+  kernels.push_back(main);
+  if (postprocess) kernels.push_back(*postprocess);
+  return kernels;
 }
 
-StatusOr<Target> device_target(int compute_capability, int shared_bytes) {
+StatusOr<Target> device_target(int compute_capability, int shared_bytes, int multiprocessors) {
   if (compute_capability < kOldestComputeCapability) {
     return Status::unimplemented(
         "The kernels need compute capability 8.0 (Ampere) or newer; this "
@@ -336,7 +369,7 @@ StatusOr<Target> device_target(int compute_capability, int shared_bytes) {
         std::to_string(compute_capability / 10) + "." + std::to_string(compute_capability % 10) +
         ". Install a newer one: pip install --upgrade nvidia-cuda-nvrtc.");
   }
-  return Target{"sm_" + std::to_string(best), shared_bytes};
+  return Target{"sm_" + std::to_string(best), shared_bytes, multiprocessors};
 }
 
 StatusOr<Target> named_target(const std::string& architecture) {
@@ -349,7 +382,9 @@ StatusOr<Target> named_target(const std::string& architecture) {
   // for 9.0 to 11.x, 99 KB for the other parts of Ampere, Ada and Blackwell.
   const bool large = number >= 90 && number < 120;
   const bool middle = number == 80 || number == 87;
-  return Target{architecture, (large ? 227 : middle ? 163 : 99) * 1024};
+  // As many multiprocessors as an H100 SXM has.
+  constexpr int kMultiprocessors = 132;
+  return Target{architecture, (large ? 227 : middle ? 163 : 99) * 1024, kMultiprocessors};
 }
 
 StatusOr<ForwardSpecialization> specialize_forward(const AttentionSpec& spec,
@@ -372,6 +407,8 @@ StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
   const bool sm90 = forced ? forced->family != "sm80" : is_hopper(target);
   if (!sm90) return sm80_backward(spec, shape, target, forced);
   JFA_RETURN_IF_ERROR(check_hopper(target));
+  if (forced ? forced->family == "sm90head" : sm90::takes_heads(spec, shape, target))
+    return sm90_head_backward(spec, shape, target, forced);
   const bool split =
       forced ? forced->family == "sm90split" : sm90::splits_backward(spec, shape, target);
   return split ? sm90_split_backward(spec, shape, target, forced)

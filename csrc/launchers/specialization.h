@@ -24,8 +24,9 @@ struct KernelSpecialization {
   bool starts_early = false;
 };
 
-// kSm90Split: a backward whose dq has a kernel of its own.
-enum class Family { kSm80, kSm90, kSm90Split };
+// kSm90Split: a backward whose dq has a kernel of its own. kSm90Head: one whose CTAs take whole
+// heads.
+enum class Family { kSm80, kSm90, kSm90Split, kSm90Head };
 
 struct ForwardSpecialization {
   Family family;
@@ -40,7 +41,8 @@ struct BackwardSpecialization {
   std::string tiles;
   int tile_q;
   int tile_k;
-  KernelSpecialization first;  // the preprocess kernel; of kSm90Split, that of dq
+  // The preprocess kernel; of kSm90Split, that of dq; of kSm90Head there is none.
+  std::optional<KernelSpecialization> first;
   KernelSpecialization main;
   std::optional<KernelSpecialization> postprocess;
   int dq_tile_q = 0;  // of kSm90Split's dq
@@ -48,13 +50,16 @@ struct BackwardSpecialization {
   // Of kSm90: how many rows of other heads a warp of the main kernel prepares at a time, 0 where it
   // serves none.
   int prepared_rows = 0;
+  // Of kSm90Head: how many query tiles of a key head fit.
+  int head_tiles = 0;
 
   std::vector<KernelSpecialization> kernels() const;
 };
 
 // The target for a device's compute capability: the newest architecture of the same major version
 // that both the device and NVRTC know.
-runtime::StatusOr<Target> device_target(int compute_capability, int shared_bytes);
+runtime::StatusOr<Target> device_target(int compute_capability, int shared_bytes,
+                                        int multiprocessors);
 // The target for an architecture that is only named ("sm_90").
 runtime::StatusOr<Target> named_target(const std::string& architecture);
 

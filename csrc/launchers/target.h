@@ -8,6 +8,7 @@ namespace jax_flash_attn::launchers {
 struct Target {
   std::string architecture;  // "sm_90"
   int shared_bytes;          // a CTA may have
+  int multiprocessors;
 };
 
 }  // namespace jax_flash_attn::launchers

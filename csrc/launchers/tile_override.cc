@@ -30,6 +30,7 @@ constexpr Overridable kOverridable[] = {
     {"forward", "sm90", kNumbers<sm90::ForwardTiles>},
     {"backward", "sm90", kNumbers<sm90::BackwardTiles>},
     {"backward", "sm90split", kNumbers<sm90::SplitBackwardTiles>},
+    {"backward", "sm90head", kNumbers<sm90::HeadBackwardTiles>},
 };
 
 struct Overrides {

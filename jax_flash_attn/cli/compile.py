@@ -55,7 +55,8 @@ class Job:
     dtype: str
     head_dim: int
     architecture: str
-    seqlen_q: int
+    sizes: tuple[tuple[str, int], ...]
+    """Lengths and numbers of heads that tiles depend on."""
 
     def __str__(self) -> str:
         return f"{self.architecture} {self.operation} D={self.head_dim} {self.dtype}"
@@ -68,7 +69,7 @@ class Job:
             self.dtype,
             self.head_dim,
             self.architecture,
-            seqlen_q=self.seqlen_q,
+            **dict(self.sizes),
         )
         return rows
 
@@ -204,11 +205,19 @@ def _jobs(options: argparse.Namespace) -> Iterator[Job]:
         limits = _ffi.native.seqlen_limits
         # Choosing tiles is quick and finds what no kernel can do.
         by_tiles = {
-            _ffi.native.tiles(*target, seqlen_q=seqlen): seqlen
+            _ffi.native.tiles(*target, **sizes): sizes
             for seqlen in (*limits, limits[-1] + 1)
+            for sizes in ({"seqlen_q": seqlen}, _of_many_heads(seqlen))
         }
-        for seqlen in by_tiles.values():
-            yield Job(operation, spec, dtype, padded, architecture, seqlen)
+        for sizes in by_tiles.values():
+            fixed = tuple(sizes.items())
+            yield Job(operation, spec, dtype, padded, architecture, fixed)
+
+
+def _of_many_heads(seqlen: int) -> dict[str, int]:
+    """Sizes of a call that keeps every multiprocessor busy with heads."""
+    one = {"heads": 1, "heads_k": 1}
+    return {"seqlen_q": seqlen, "batch": 1 << 20, "seqlen_k": seqlen, **one}
 
 
 def _specs(names: list[str]) -> list[_spec.AttentionSpec]:

@@ -107,6 +107,8 @@ COVERING = list(
                 "backward", "sm90split", [64, 96, 128], ["plain", "causal_alibi"]
             ),
             *asked_for("backward", "sm90split", [192, 256], _DEMANDING[:2]),
+            *asked_for("backward", "sm90head", [8, 40, 64], ["plain", _DEMANDING[1]]),
+            *asked_for("backward", "sm90head", [64], ["causal", "alibi", "dropout"]),
             *cells(["sm_80", "sm_86"], EDGES, ["plain", "everything"], ["float16"]),
             *cells(["sm_90"], [8, 40, 96, 160, 224], ["everything"], ["float16"]),
             *short([8, 48, 64, 200, 256], ["causal", *_DEMANDING]),
@@ -164,8 +166,9 @@ def test_no_spill_stack_or_warning(cell, compiled):
     if isinstance(report, Exception):
         raise report
     names = [kernel["entry"] for kernel in report]
-    split = cell.operation == "backward" and "split" in report[0]["tiles"]
-    assert len(names) == (2 if split else {"forward": 1, "backward": 3}[cell.operation])
+    tiles = report[0]["tiles"]
+    kernels = 2 if "split" in tiles else 1 if "head" in tiles else 3
+    assert len(names) == (1 if cell.operation == "forward" else kernels)
     for kernel in report:
         assert kernel["cubin"].startswith(b"\x7fELF")
         found = {name: kernel[name] for name in ("spill_bytes", "stack_bytes")}

@@ -33,7 +33,8 @@ def test_gradients(case, kernel_results, expected):
 
 
 def _family_params():
-    for family in filter(devices.has_family, ("sm80", "sm90", "sm90split")):
+    families = ("sm80", "sm90", "sm90split", "sm90head")
+    for family in filter(devices.has_family, families):
         for param in kernel_cases.PARAMS:
             (case,) = param.values
             if kernel_cases.serves_backward(family, case):

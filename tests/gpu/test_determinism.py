@@ -63,9 +63,24 @@ WIDE = large("plain", name="wide", head_dim=128, heads=8, heads_k=8)
 TILES = ("sm90", "sm90:64,128,3,2", "sm90:64,128,2,3")
 
 
+HEADS = (
+    large("plain", name="heads", batch=4, heads=70, heads_k=70, seqlen_q=512),
+    large("causal_gqa", batch=75, heads=8, heads_k=4, seqlen_q=100, seqlen_k=330),
+    large("plain", name="one_step", batch=75, heads=4, heads_k=4, seqlen_q=40),
+    large("window_two_sided", batch=70, heads=4, heads_k=4, seqlen_q=300),
+    large("causal", batch=70, heads=4, heads_k=4, seqlen_q=500, seqlen_k=450),
+)
+"""For the backward whose CTAs take whole heads, several each."""
+
+
 @pytest.mark.parametrize(
     ("case", "tiles"),
-    [*itertools.product(ORDERED, TILES), (WIDE, "sm90")],
+    [
+        *itertools.product(ORDERED, TILES),
+        (WIDE, "sm90"),
+        (dataclasses.replace(WIDE, name="wide_causal", causal=True), "sm90"),
+        *itertools.product(HEADS, ["sm90head"]),
+    ],
     ids=str,
 )
 def test_additions_in_order(tiles, case, expected):
@@ -107,22 +122,35 @@ MANY_TILES = dataclasses.replace(
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "tiles"),
     [
-        MANY_TILES,
-        dataclasses.replace(MANY_TILES, name="causal", causal=True),
-        # The fused backward, with additions in order; the others are for the split one.
-        dataclasses.replace(
-            MANY_TILES, name="in_order", head_dim=64, seqlen_q=1100, seqlen_k=1100
+        (MANY_TILES, ""),
+        (dataclasses.replace(MANY_TILES, name="causal", causal=True), ""),
+        # The fused backward, with additions in order; those before are split.
+        (
+            dataclasses.replace(
+                MANY_TILES, name="in_order", head_dim=64, seqlen_q=1100, seqlen_k=1100
+            ),
+            "",
         ),
+        (HEADS[0], "sm90head"),
+        (HEADS[1], "sm90head"),
+        (HEADS[3], "sm90head"),
     ],
     ids=str,
 )
-def test_a_thousand_runs(case):
+def test_a_thousand_runs(case, tiles):
     """A race between the warps of a pipeline shows in few of them, if at all."""
+    if tiles:
+        devices.require_family(tiles)
     arrays = inputs.make(case)
     attend = calls.attention(case, implementation="cuda", deterministic=True)
-    run = jax.jit(calls.with_gradients(attend))
+    jitted = jax.jit(calls.with_gradients(attend))
+
+    def run(arrays):
+        with testing.override_tiles("backward", tiles):
+            return jax.block_until_ready(jitted(arrays))
+
     first = run(arrays)
 
     @jax.jit

@@ -6,8 +6,17 @@ import functools
 import jax
 import pytest
 
+import jax_flash_attn
 from jax_flash_attn import testing
-from tests.support import calls, cases, devices, inputs, oracle, tile_table
+from tests.support import (
+    calls,
+    cases,
+    devices,
+    inputs,
+    kernel_cases,
+    oracle,
+    tile_table,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -36,6 +45,7 @@ CELLS = [
         *(((FEATURES[0], row.max_head_dim),) if row.serves_features else ()),
         *(((FEATURES[1], row.max_head_dim - 24),) if row.serves_features else ()),
     )
+    if row.family != "sm90head" or kernel_cases.fits_head(cases.BY_NAME[name])
 ]
 
 
@@ -75,6 +85,36 @@ def test_fused_backward_with_other_stages(tiles, case, expected):
     with testing.override_tiles("backward", tiles):
         results = jax.block_until_ready(run(inputs.make(case)))
     oracle.check(results, expected[case])
+
+
+@pytest.mark.parametrize("heads_k", [1, 4])
+def test_many_heads_are_taken_whole(heads_k, expected):
+    """As the tables choose, each CTA with more than one."""
+    devices.require_family("sm90")
+    case = dataclasses.replace(
+        cases.BY_NAME["ragged_tail"],
+        name=f"many_heads_{heads_k}",
+        seqlen_q=110,
+        batch=264 // heads_k,
+        heads=4,
+        heads_k=heads_k,
+    )
+    arrays = inputs.make(case)
+    found = jax_flash_attn.explain(*(arrays[name] for name in "qkv"))
+    assert found.backward.startswith("sm90 head")
+    results = jax.block_until_ready(program(case, deterministic=False)(arrays))
+    oracle.check(results, expected[case])
+
+
+def test_a_head_that_does_not_fit_is_refused_by_each_call():
+    """Also where one that fits has run before."""
+    devices.require_family("sm90")
+    case = cases.BY_NAME["plain"]
+    large = dataclasses.replace(case, seqlen_q=500, heads=4)
+    with testing.override_tiles("backward", "sm90head"):
+        jax.block_until_ready(program(case, True)(inputs.make(case)))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="there are 16"):
+            jax.block_until_ready(program(large, True)(inputs.make(large)))
 
 
 def test_tiles_that_do_not_fit_are_an_error_with_the_reason():

@@ -20,7 +20,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from jax_flash_attn import testing
-from tests.support import calls, devices, oracle, tile_table
+from tests.support import calls, devices, kernel_cases, oracle, tile_table
 from tests.support.cases import Case
 
 PLAIN = Case("plain", "", batch=1, seqlen_q=150, seqlen_k=170, heads=2, heads_k=2)
@@ -78,6 +78,15 @@ MANY_CTAS = (
 """Enough for warps that serve the rows of other heads, see tests/gpu."""
 
 
+WHOLE_HEADS = (
+    dataclasses.replace(MANY_CTAS[0], name="whole_heads", batch=18),
+    dataclasses.replace(
+        MANY_CTAS[1], name="whole_heads_causal", batch=18, seqlen_q=300, seqlen_k=330
+    ),
+)
+"""More than there are CTAs that take whole heads."""
+
+
 CHOSEN = re.compile(sys.argv[1] if len(sys.argv) > 1 else "")
 
 
@@ -123,6 +132,10 @@ def main() -> int:
                 if case.head_dim <= 64:
                     name = f"{case.name}_fused_in_order"
                     right.append(check(name, case, deterministic=True))
+        with testing.override_tiles("backward", "sm90head"):
+            for case in (*CASES, *WHOLE_HEADS):
+                if kernel_cases.fits_head(case):
+                    right.append(check(f"{case.name}_head", case))
     for row in tile_table.rows():
         if not devices.has_family(row.family):
             continue

@@ -73,4 +73,12 @@ def serves_backward(family, case):
     fits_fused = case.head_dim <= 96 or (
         case.head_dim <= 128 and not (case.dropout_p > 0 and case.softcap > 0)
     )
+    if family == "sm90head":
+        return fits_head(case)
     return family != "sm90" or fits_fused
+
+
+def fits_head(case):
+    """Returns whether a CTA of the backward can take a whole head of a case."""
+    query_tiles = case.heads // case.heads_k * -(-case.seqlen_q // 64)
+    return case.head_dim <= 64 and query_tiles <= 8 and case.softcap == 0

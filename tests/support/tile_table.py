@@ -9,6 +9,7 @@ _ARRAYS = {
     "kForward": ("forward", ""),
     "kBackward": ("backward", ""),
     "kSplitBackward": ("backward", "split"),
+    "kHeadBackward": ("backward", "head"),
 }
 """The operation of a table, and what follows its family's name in an override."""
 _ARRAY = re.compile(r"constexpr Row\S* (\w+)\[\] = \{(.*?)\n\};", re.DOTALL)
@@ -47,6 +48,8 @@ class Row:
         if self.family == "sm90split":
             dq_tiles = "dq {}x{},".format(*self.numbers[4:6])
             return f"sm90 split, dk and dv {tiles}", dq_tiles
+        if self.family == "sm90head":
+            return (f"sm90 head, {tiles}", f"{self.numbers[4]} query tiles")
         return (f"{self.family} {tiles}",)
 
     @property

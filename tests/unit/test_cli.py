@@ -51,17 +51,17 @@ class FakeNative:
 
     seqlen_limits = (512, 1024)
 
-    def tiles(self, operation, spec, dtype, head_dim, architecture, seqlen_q):
+    def tiles(self, operation, spec, dtype, head_dim, architecture, *, seqlen_q, **_):
         if not architecture.startswith("sm_"):
             raise ValueError(f"architecture must be sm_80 or newer, got {architecture}")
         is_masked = spec["window_right"] >= 0
         return "64x64" if is_masked and seqlen_q <= self.seqlen_limits[-1] else "128x64"
 
-    def compile(self, operation, spec, dtype, head_dim, architecture, seqlen_q):
+    def compile(self, operation, spec, dtype, head_dim, architecture, **sizes):
         if head_dim == self.failing_head_dim:
             raise RuntimeError("the compiler gave up")
         self.specs.add(tuple(spec.items()))
-        tiles = self.tiles(operation, spec, dtype, head_dim, architecture, seqlen_q)
+        tiles = self.tiles(operation, spec, dtype, head_dim, architecture, **sizes)
         source = "-".join(
             map(str, (operation, dtype, head_dim, tiles, hash(tuple(spec.items()))))
         )

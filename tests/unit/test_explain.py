@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_flash_attn import Explanation, _spec, explain
+from jax_flash_attn import Explanation, _spec, explain, testing
 
 pytestmark = pytest.mark.core
 
@@ -58,6 +58,9 @@ def test_short_masked_sequences_have_tiles_of_their_own():
         (64, 1024, {"deterministic": True}, True),
         (64, 1025, {"deterministic": True}, False),
         (128, 1025, {"deterministic": True}, True),
+        (128, 4096, {"deterministic": True, "causal": True}, True),
+        (128, 4097, {"deterministic": True, "causal": True}, False),
+        (128, 4097, {"deterministic": True, "causal": True, "softcap": 5.0}, True),
         (128, 1024, {}, True),
         (128, 1025, {}, False),
         (128, 1024, {"causal": True}, True),
@@ -72,6 +75,42 @@ def test_when_dq_is_computed_by_itself(head_dim, seqlen, options, is_split):
     found = explain(*operands, architecture="sm_90", **options)
     assert found.backward.startswith("sm90 split" if is_split else "sm90 ")
     assert ("split" in found.backward) == is_split
+
+
+def many_heads(batch=33, seqlen_q=512, heads=4, heads_k=4, head_dim=64):
+    """132 key heads: as many as the multiprocessors of a named sm_90."""
+    q = jax.ShapeDtypeStruct((batch, seqlen_q, heads, head_dim), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((batch, 300, heads_k, head_dim), jnp.bfloat16)
+    return q, k, k
+
+
+@pytest.mark.parametrize(
+    ("operands", "options", "takes_heads"),
+    [
+        (many_heads(), {}, True),
+        (many_heads(), {"causal": True, "window_size": (30, 0)}, True),
+        (many_heads(), {"deterministic": True}, False),
+        (many_heads(), {"softcap": 5.0}, False),
+        (many_heads(head_dim=72), {}, False),
+        (many_heads(seqlen_q=513), {}, False),
+        (many_heads(seqlen_q=256, heads=8), {}, True),
+        (many_heads(seqlen_q=257, heads=8), {}, False),
+        (many_heads(batch=34), {}, False),  # 128 multiprocessors would idle
+        (many_heads(batch=32), {}, True),
+    ],
+)
+def test_when_ctas_take_whole_heads(operands, options, takes_heads):
+    found = explain(*operands, architecture="sm_90", **options)
+    assert found.backward.startswith("sm90 head" if takes_heads else "sm90 ")
+    assert ("head" in found.backward) == takes_heads
+
+
+def test_a_head_that_does_not_fit_is_an_error_with_the_numbers():
+    with (
+        testing.override_tiles("backward", "sm90head"),
+        pytest.raises(NotImplementedError, match="there are 9"),
+    ):
+        explain(*many_heads(seqlen_q=513), architecture="sm_90")
 
 
 def test_takes_every_argument_of_a_call():

@@ -67,6 +67,13 @@ struct Sm90FusedBackwardParams : Sm90BackwardParams {
   int alternating_groups;  // deterministic alone: of how many groups key tiles alternate
 };
 
+// The same for kernels whose CTAs take whole heads: boxes of k, v, dk and dv have half of kTileK
+// rows.
+struct Sm90HeadBackwardParams : Sm90BackwardParams {
+  TensorMap dk;
+  TensorMap dv;
+};
+
 // The same for kernels whose CTAs deal tiles out among themselves.
 struct Sm90DealtBackwardParams : Sm90BackwardParams {
   DealtTiles tiles;

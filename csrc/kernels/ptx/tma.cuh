@@ -55,6 +55,16 @@ __device__ __forceinline__ void bulk_store(void* global, const void* shared, int
                : "memory");
 }
 
+// Starts the copy of a box from shared memory, likewise.
+__device__ __forceinline__ void tma_store(const TensorMap& map, unsigned shared, int column,
+                                          int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          &map),
+      "r"(shared), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
 __device__ __forceinline__ void bulk_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

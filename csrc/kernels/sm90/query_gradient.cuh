@@ -23,16 +23,16 @@
 #include <attention/containment.cuh>
 #include <attention/dropout.cuh>
 #include <attention/head_address.cuh>
-#include <attention/row_statistics.cuh>
 #include <attention/score_layout.cuh>
 #include <attention/score_transform.cuh>
 #include <attention/visible_range.cuh>
 #include <params/backward_params.h>
 #include <ptx/grid_dependency.cuh>
 #include <ptx/warpgroup.cuh>
+#include <sm90/gradient_rows.cuh>
 #include <sm90/key_walk.cuh>
+#include <sm90/query_statistics.cuh>
 #include <tile/descriptor.cuh>
-#include <tile/write_rows.cuh>
 
 namespace jfa::sm90 {
 
@@ -52,7 +52,6 @@ struct QueryGradientShapes : KeyWalkShapes<Config, 2, true> {
   using Dscores = tile::RegisterOperand<1, kKeySteps>;
   using Layout = attention::ScoreLayout<16, 16>;
 
-  static constexpr int kStatisticsWarps = 3;  // all of the producer's warpgroup but the producer
   static constexpr int kStatisticsStages = 2;
   using StatisticsRing = tile::Ring<kStatisticsStages>;
   using StatisticsPosition = tile::RingPosition<kStatisticsStages>;
@@ -82,7 +81,7 @@ struct QueryGradientStages : KeyWalkStages<Config, QueryGradientShapes<Config>> 
 
   // Threads: one, before a CTA barrier.
   __device__ __forceinline__ void init() const {
-    statistics.init(Shapes::kConsumers * 128, Shapes::kStatisticsWarps * 32);
+    statistics.init(Shapes::kConsumers * 128, kStatisticsWarps * 32);
     KeyWalkStages<Config, Shapes>::init();
   }
 
@@ -93,70 +92,24 @@ struct QueryGradientStages : KeyWalkStages<Config, QueryGradientShapes<Config>> 
   }
 };
 
-// The statistics of all query tiles of this CTA, for its consumers and for the kernel behind. Warps
-// take turns at a pass of rows; eight lanes share a row.
+// The statistics of all query tiles of this CTA, for its consumers and for the kernel behind.
 // Threads: a whole warp, of kStatisticsWarps.
 template <class Config>
 __device__ __forceinline__ void make_statistics(const Sm90DealtBackwardParams& params,
                                                 const QueryGradientStages<Config>& stages,
                                                 int warp) {
   using Shapes = QueryGradientShapes<Config>;
-  constexpr int kRowLanes = 8;
-  constexpr int kChunks = Config::kHeadDim / 8;
-  constexpr int kSteps = (kChunks + kRowLanes - 1) / kRowLanes;
-  // Rows of a lane in a pass: as many as keep the reads of four chunks of out and of dout on their
-  // way, for which the warpgroup has registers.
-  constexpr int kRows = kSteps == 1 ? 4 : kSteps == 2 ? 2 : 1;
-  constexpr int kPassRows = 32 / kRowLanes * kRows;
-  const BackwardParams& backward = params.backward;
-  const int lane = threadIdx.x % 32;
-  const auto tile_row = [&](int pass, int i) {
-    return (pass * kRows + i) * (32 / kRowLanes) + lane / kRowLanes;
-  };
   typename Shapes::StatisticsPosition at;
-  attention::TileOrder<Config> order(backward.attention, params.tiles);
+  attention::TileOrder<Config> order(params.backward.attention, params.tiles);
 #pragma unroll 1
   for (; order.valid(); order.advance()) {
     const attention::TilePlace place = order.place();
-    const attention::RowStatistics statistics(backward, place.batch, place.head);
-    const unsigned short* const out =
-        attention::head_address(backward.out, place.batch, place.head);
-    const unsigned short* const dout =
-        attention::head_address(backward.dout, place.batch, place.head);
     stages.statistics.await_empty(at);
-#pragma unroll 1
-    for (int pass = warp; pass < Config::kTileQ / kPassRows; pass += Shapes::kStatisticsWarps) {
-      attention::RowStatistics::Row known[kRows];
-      float sums[kRows];
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int row = place.tile * Config::kTileQ + tile_row(pass, i);
-        known[i] = statistics.load(row);
-        const long long read_row = statistics.existing(row);
-        sums[i] = 0.0f;
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          const int chunk = step * kRowLanes + lane % kRowLanes;
-          const int read_chunk = min(chunk, kChunks - 1);
-          const float sum = attention::dot_chunk<typename Config::Element>(
-              out + read_row * backward.out.row_stride + read_chunk * 8,
-              dout + read_row * backward.dout.row_stride + read_chunk * 8);
-          if (chunk < kChunks) sums[i] += sum;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-        for (int offset = kRowLanes / 2; offset > 0; offset /= 2)
-          sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], offset);
-        if (lane % kRowLanes == 0) {
-          const float lse_log2 = known[i].lse_log2();
-          const float delta = known[i].delta(sums[i]);
-          stages.row(at, tile_row(pass, i)) = {lse_log2, delta};
-          statistics.store(place.tile * Config::kTileQ + tile_row(pass, i), lse_log2, delta);
-        }
-      }
-    }
+    make_statistics<Config, Config::kTileQ, /*kChunksAhead=*/4>(
+        params.backward, place.batch, place.head, place.tile * Config::kTileQ, warp,
+        [&](int tile_row, float lse_log2, float delta) {
+          stages.row(at, tile_row) = {lse_log2, delta};
+        });
     stages.statistics.finish_fill(at);
     at.advance();
   }
@@ -167,11 +120,7 @@ template <class Config, class Gradient>
 __device__ __forceinline__ void write_query_gradient(const BackwardParams& params, int batch,
                                                      int head, int first_tile_query,
                                                      int first_query, Gradient& dq) {
-  dq.scale(params.attention.softmax_scale);
-  tile::write_rows<typename Config::Element, Config::kHeadDim>(
-      attention::head_address(params.dq, batch, head) +
-          static_cast<long long>(first_query) * params.dq.row_stride,
-      params.dq.row_stride, params.attention.seqlen_q - first_query, dq);
+  store_query_gradient<Config>(params, batch, head, first_query, dq);
   if constexpr (Config::kWindowed) {
     if (__builtin_expect(__any_sync(0xffffffffu, !dq.is_finite()), false)) {
       __syncwarp();  // contain_dq reads what other lanes have written

@@ -72,18 +72,34 @@ __device__ __forceinline__ void start_shared_product(Acc& acc, const RowDescript
   ptx::wgmma_commit();
 }
 
-// Starts acc += A * B with A in registers, over the first 16 * kSteps rows of B, as one batch.
+// Starts acc += A * B, or acc = A * B unless `onto`, as one batch.
 // Threads: a whole warpgroup, warp-uniform arguments.
-template <class Element, int kSteps, class Acc, class TileB>
-__device__ __forceinline__ void start_register_product(Acc& acc,
-                                                       const RegisterOperand<1, kSteps>& a,
-                                                       const ColumnDescriptor<TileB>& b,
-                                                       unsigned b_offset) {
+template <class Element, int kSteps, class Acc, class TileA, class DescriptorB>
+__device__ __forceinline__ void start_shared_sum(Acc& acc, const RowDescriptor<TileA>& a,
+                                                 unsigned a_offset, const DescriptorB& b,
+                                                 unsigned b_offset, bool onto) {
+  static_assert(Acc::kRowTiles == 1, "a warp of a warpgroup holds one 16-row block");
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
-    ptx::Wgmma<Element, Acc::kColumnTiles * 8>::template multiply<true>(
-        acc.values[0], a.words[0][step], b.at(b_offset, step), 1);
+    ptx::Wgmma<Element, Acc::kColumnTiles * 8>::template multiply<DescriptorB::kRowsSummed>(
+        acc.values[0], a.at(a_offset, step), b.at(b_offset, step), step > 0 || onto);
+  ptx::wgmma_commit();
+}
+
+// Starts acc += A * B with A in registers, or acc = A * B unless `onto`, as one batch: over the
+// first 16 * kSteps rows of B or, if that is a RowDescriptor, columns. Threads: a whole warpgroup,
+// warp-uniform arguments.
+template <class Element, int kSteps, class Acc, class DescriptorB>
+__device__ __forceinline__ void start_register_product(Acc& acc,
+                                                       const RegisterOperand<1, kSteps>& a,
+                                                       const DescriptorB& b, unsigned b_offset,
+                                                       bool onto = true) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+    ptx::Wgmma<Element, Acc::kColumnTiles * 8>::template multiply<DescriptorB::kRowsSummed>(
+        acc.values[0], a.words[0][step], b.at(b_offset, step), step > 0 || onto);
   ptx::wgmma_commit();
 }
 

@@ -95,6 +95,16 @@ struct RegisterOperand {
     words[row_tile][step][3] = Element::pack(right[2], right[3]);
   }
 
+  // Rows of a shared tile, from a multiple of 16 on. Threads: a whole warp.
+  template <class Tile>
+  __device__ __forceinline__ void read_rows(unsigned tile, int first_row) {
+    const LaneView<Tile, SubTileOrder::kRowsFirst> view(tile, 0, first_row);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) ptx::ldmatrix_x4(words[m][k], view.at(m * 16, k));
+  }
+
   __device__ __forceinline__ void load(unsigned (&out)[4], int row_tile, int step) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) out[i] = words[row_tile][step][i];

@@ -17,8 +17,32 @@ struct RingPosition {
   __device__ __forceinline__ void advance() { ++fills; }
 };
 
+// The same in two registers, without a division at each use, where the number of stages is no power
+// of two.
+template <int kStages>
+class RingCursor {
+ public:
+  __device__ __forceinline__ explicit RingCursor(int fills = 0)
+      : stage_(fills % kStages), round_(fills / kStages % 2) {}
+
+  __device__ __forceinline__ int stage() const { return stage_; }
+  __device__ __forceinline__ unsigned round() const { return round_; }
+  // By up to kStages.
+  __device__ __forceinline__ void advance(int fills = 1) {
+    stage_ += fills;
+    if (stage_ >= kStages) {
+      stage_ -= kStages;
+      round_ ^= 1;
+    }
+  }
+
+ private:
+  int stage_;
+  unsigned round_;
+};
+
 // The two barriers of each stage: `full` completes when a stage is filled, `empty` when all its
-// users have let go of it.
+// users have let go of it. Position: RingPosition or RingCursor, of kStages.
 template <int kStages>
 struct Ring {
   unsigned barriers;  // shared address; kStages full ones, then kStages empty ones
@@ -41,27 +65,33 @@ struct Ring {
 
   // For the filling thread: waits until the stage is free and announces what will be copied to it.
   // The first round finds every stage free.
-  __device__ __forceinline__ void begin_fill(const RingPosition<kStages>& at, int bytes) const {
+  template <class Position>
+  __device__ __forceinline__ void begin_fill(const Position& at, int bytes) const {
     await_empty(at);
     announce(at, bytes);
   }
   // In two steps, for who stores to the stage by itself in between.
-  __device__ __forceinline__ void await_empty(const RingPosition<kStages>& at) const {
+  template <class Position>
+  __device__ __forceinline__ void await_empty(const Position& at) const {
     ptx::mbarrier_wait(empty(at.stage()), at.round() ^ 1);
   }
-  __device__ __forceinline__ bool is_empty(const RingPosition<kStages>& at) const {
+  template <class Position>
+  __device__ __forceinline__ bool is_empty(const Position& at) const {
     return ptx::mbarrier_test(empty(at.stage()), at.round() ^ 1);
   }
-  __device__ __forceinline__ void announce(const RingPosition<kStages>& at, int bytes) const {
+  template <class Position>
+  __device__ __forceinline__ void announce(const Position& at, int bytes) const {
     ptx::mbarrier_arrive_expect(full(at.stage()), bytes);
   }
 
   // For threads that have filled a stage by stores of their own. Threads: each filler.
-  __device__ __forceinline__ void finish_fill(const RingPosition<kStages>& at) const {
+  template <class Position>
+  __device__ __forceinline__ void finish_fill(const Position& at) const {
     ptx::mbarrier_arrive(full(at.stage()));
   }
 
-  __device__ __forceinline__ void wait_full(const RingPosition<kStages>& at) const {
+  template <class Position>
+  __device__ __forceinline__ void wait_full(const Position& at) const {
     ptx::mbarrier_wait(full(at.stage()), at.round());
   }
 

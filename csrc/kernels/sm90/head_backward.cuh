@@ -1,0 +1,627 @@
+// Backward attention on Hopper for heads whose dq fits into shared memory. With scores = scale q
+// k^T, probs = exp(scores - lse) and dprobs = dout v^T, for every visible pair of a query tile and
+// a key tile:
+//
+//   dv += probs^T dout      dscores = probs (dprobs - delta)
+//   dk += scale dscores^T q     dq += scale dscores k
+//
+// One CTA stays on each multiprocessor and takes one key head after the other, with the query heads
+// that read it, and all of it: key tile by key tile it walks the query tiles, as the fused backward
+// does (sm90/backward.cuh), but sums of dq stay with it, in fp32, and leave it once, in 16 bits,
+// when the last key tile that a query tile sees has been added. So there are five products, no
+// workspace but lse and delta, no kernel before or behind, and one order of additions.
+//
+// One warp (the producer) keeps the copy engine busy; two warpgroups (consumers) own 64 keys of a
+// key tile each. They compute scores^T and dprobs^T, rows being keys, from k and v in registers, so
+// that probs^T and dscores^T feed dv and dk from registers. dscores goes through shared memory for
+// dq, of which each consumer adds what its own keys give: nothing but the sums goes from one to the
+// other. The three warps beside the producer work out lse and delta of the rows of heads to come.
+//
+//   ring        stages        filled with                  released
+//   keys        3             64 rows of k, of consumer 0  by the consumer's threads, after the
+//                             and of consumer 1 in turn    last dq
+//   values      1, of each    64 rows of v, and behind     by a thread of the consumer, when dv has
+//               consumer      them dv                      been read
+//   query       kQueryStages  q and lse of a query tile    by each consumer's threads, after dk
+//   dout        kDoutStages   dout and delta               by each consumer's threads, after dv
+//   added       4             a step's sums of dq, by      by consumer 1's threads, when they have
+//                             consumer 0's threads         added to them
+//   statistics  8             lse and delta of a query     by the producer, which has them copied
+//                             tile, in the workspace, by
+//                             threads of three warps
+//
+//   barrier  threads               what it orders
+//   1, 2     a consumer (128)      stores and reads of its dscores and of what takes their place
+//   3        both consumers (256)  their results, before those that are not finite are read back;
+//                                  rows that the other warps clear are never summed anew
+//
+// Consumer 1 adds to the sums of a step behind consumer 0; consumer 0 adds to a query tile when
+// consumer 1 has done so with the key tile before, and may else be some steps ahead. Each starts
+// the first products of the next step as soon as it can: the last step of a key tile starts the
+// first one of the next, which runs while dk and dv are on their way.
+//
+// What binds is the chain of a consumer's own steps: of 2,900 cycles a step at head dim 64 the
+// tensor cores work 1,280 and shared memory 1,770 (docs/tuning.md).
+#pragma once
+
+#include <attention/containment.cuh>
+#include <attention/head_address.cuh>
+#include <params/backward_params.h>
+#include <ptx/special_register.cuh>
+#include <ptx/tma.cuh>
+#include <ptx/warpgroup.cuh>
+#include <sm90/backward_steps.cuh>
+#include <sm90/gradient_rows.cuh>
+#include <sm90/load_tile.cuh>
+#include <sm90/query_statistics.cuh>
+#include <sm90/tile_places.cuh>
+#include <tile/descriptor.cuh>
+#include <tile/ring.cuh>
+#include <tile/shared_sums.cuh>
+
+namespace jfa::sm90 {
+
+template <class Config>
+struct HeadBackwardShapes {
+  static_assert(Config::kTileQ == 64, "dq is a product of 64 rows");
+  static_assert(Config::kTileK == 64 * kBackwardConsumers, "a consumer owns 64 keys");
+  static_assert(Config::kQueryStages > 1 && Config::kDoutStages > 1,
+                "consumer 0 waits for the next step before consumer 1 adds to this one");
+  static constexpr int kConsumerBarrier = 1;  // and 2
+  static constexpr int kEndBarrier = 3;
+  // The warps that read rows keep many loads on their way; consumers get along with what is left.
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kChunksAhead = 2;
+  static constexpr int kConsumerKeys = 64;
+  static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
+  static constexpr int kQuerySteps = Config::kTileQ / 16;
+  static constexpr int kKeySteps = kConsumerKeys / 16;
+
+  using QueryTile = tile::SharedTile<Config::kTileQ, Config::kHeadDim>;
+  using KeyTile = tile::SharedTile<kConsumerKeys, Config::kHeadDim>;  // of a consumer
+  using DscoresTile = tile::SharedTile<Config::kTileQ, kConsumerKeys>;
+  using Scores = tile::Accumulator<1, kQuerySteps>;
+  using Operand = tile::RegisterOperand<1, kQuerySteps>;
+  using Gradient = tile::Accumulator<1, kHeadDimSteps>;
+  using Sums = tile::SharedSums<Gradient>;
+
+  // With a third stage the next k of a consumer may come while both use theirs. Who waits for a
+  // fill knows that of the other consumer which had the stage before to be complete: when consumer
+  // 0 ends a walk, consumer 1 has ended the one before (Work::lag).
+  static constexpr int kKeyStages = 3;
+  // Consumer 0 is at most kQueryStages steps ahead.
+  static constexpr int kSumsStages = 4;
+  static_assert(Config::kQueryStages <= kSumsStages, "a step is told from the one a round later");
+  static constexpr int kStatisticsStages = 8;
+  using QueryRing = tile::Ring<Config::kQueryStages>;
+  using DoutRing = tile::Ring<Config::kDoutStages>;
+  using KeyRing = tile::Ring<kKeyStages>;
+  using ValueRing = tile::Ring<1>;  // of each consumer
+  using SumsRing = tile::Ring<kSumsStages>;
+  using StatisticsRing = tile::Ring<kStatisticsStages>;
+  using QueryPosition = tile::RingPosition<Config::kQueryStages>;
+  using DoutPosition = tile::RingPosition<Config::kDoutStages>;
+  using KeyPosition = tile::RingPosition<kKeyStages>;
+  using ValuePosition = tile::RingPosition<1>;
+  using SumsPosition = tile::RingPosition<kSumsStages>;
+  using StatisticsPosition = tile::RingPosition<kStatisticsStages>;
+  static constexpr int kStatisticsBytes = Config::kTileQ * 4;
+  // A place is written when consumers have let go of k of the key tile two before, whose own place
+  // they have read by then.
+  static constexpr int kPlaces = 4;
+
+  static constexpr int kKeyOffset = 0;
+  static constexpr int kValueOffset = kKeyOffset + kKeyStages * KeyTile::kBytes;
+  static constexpr int kQueryOffset = kValueOffset + kBackwardConsumers * KeyTile::kBytes;
+  static constexpr int kDoutOffset = kQueryOffset + Config::kQueryStages * QueryTile::kBytes;
+  static constexpr int kDscoresOffset = kDoutOffset + Config::kDoutStages * QueryTile::kBytes;
+  static constexpr int kSumsOffset = kDscoresOffset + kBackwardConsumers * DscoresTile::kBytes;
+  static constexpr int kLseOffset = kSumsOffset + Config::kHeadTiles * Sums::kBytes;
+  static constexpr int kDeltaOffset = kLseOffset + Config::kQueryStages * kStatisticsBytes;
+  static constexpr int kPlaceOffset = kDeltaOffset + Config::kDoutStages * kStatisticsBytes;
+  static constexpr int kQueryRingOffset = kPlaceOffset + kPlaces * TilePlaces::kSlotBytes;
+  static constexpr int kDoutRingOffset = kQueryRingOffset + QueryRing::kBytes;
+  static constexpr int kKeyRingOffset = kDoutRingOffset + DoutRing::kBytes;
+  static constexpr int kValueRingOffset = kKeyRingOffset + KeyRing::kBytes;
+  static constexpr int kSumsRingOffset = kValueRingOffset + kBackwardConsumers * ValueRing::kBytes;
+  static constexpr int kStatisticsRingOffset = kSumsRingOffset + SumsRing::kBytes;
+  static constexpr int kSharedBytes = kStatisticsRingOffset + StatisticsRing::kBytes;
+};
+
+// What all roles see of the shared memory.
+template <class Config>
+struct HeadBackwardStages : BackwardStages<HeadBackwardShapes<Config>> {
+  using Shapes = HeadBackwardShapes<Config>;
+  unsigned char* memory;
+  TilePlaces places;
+  typename Shapes::SumsRing added;
+  typename Shapes::StatisticsRing statistics;
+
+  __device__ __forceinline__ explicit HeadBackwardStages(unsigned char* shared_memory)
+      : BackwardStages<Shapes>(tile::shared_address(shared_memory)),
+        memory(shared_memory),
+        places(shared_memory + Shapes::kPlaceOffset),
+        added{this->shared + Shapes::kSumsRingOffset},
+        statistics{this->shared + Shapes::kStatisticsRingOffset} {}
+
+  // Threads: one, before a CTA barrier.
+  __device__ __forceinline__ void init() const {
+    this->query.init(kBackwardConsumers * 128);
+    this->dout.init(kBackwardConsumers * 128);
+    this->keys.init(128);
+    for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) values(consumer).init(1);
+    added.init(128, /*fillers=*/128);
+    statistics.init(1, /*fillers=*/kStatisticsWarps * 32);
+    ptx::mbarrier_init_fence();
+  }
+
+  __device__ __forceinline__ typename Shapes::ValueRing values(int consumer) const {
+    return {this->shared + Shapes::kValueRingOffset + consumer * Shapes::ValueRing::kBytes};
+  }
+  // Where a consumer's rows of k of the CTA's key tile of that number come.
+  static __device__ __forceinline__ typename Shapes::KeyPosition keys_at(unsigned number,
+                                                                         int consumer) {
+    return {number * kBackwardConsumers + consumer};
+  }
+  // The sums of a query tile, counted through the heads of a group.
+  __device__ __forceinline__ typename Shapes::Sums sums(int number) const {
+    return typename Shapes::Sums(memory + Shapes::kSumsOffset + number * Shapes::Sums::kBytes);
+  }
+};
+
+// The key heads of a CTA, and what there is of each.
+template <class Config>
+struct HeadWalk {
+  using Walk = BackwardWalk<Config, /*kStaggered=*/false>;
+  const AttentionParams& attention;
+  int group;
+  int query_tiles;  // of a query head
+  int key_tiles;
+
+  __device__ __forceinline__ explicit HeadWalk(const AttentionParams& params)
+      : attention(params),
+        group(params.heads / params.heads_k),
+        query_tiles((params.seqlen_q + Config::kTileQ - 1) / Config::kTileQ),
+        key_tiles((params.seqlen_k + Config::kTileK - 1) / Config::kTileK) {}
+
+  // visit(batch, key head). Threads: any.
+  template <class Visit>
+  __device__ __forceinline__ void for_each(Visit visit) const {
+    const unsigned heads = attention.batch * attention.heads_k;
+#pragma unroll 1
+    for (unsigned head = blockIdx.x; head < heads; head += gridDim.x)
+      visit(static_cast<int>(head / attention.heads_k), static_cast<int>(head % attention.heads_k));
+  }
+};
+
+// Threads: one.
+template <class Config>
+__device__ __forceinline__ void produce_head_backward(const Sm90HeadBackwardParams& params,
+                                                      const HeadBackwardStages<Config>& stages) {
+  using Shapes = HeadBackwardShapes<Config>;
+  using KeyTile = typename Shapes::KeyTile;
+  const AttentionParams& attention = params.backward.attention;
+  const HeadWalk<Config> heads(attention);
+  unsigned number = 0;  // of the key tile
+  typename Shapes::QueryPosition query_at;
+  typename Shapes::DoutPosition dout_at;
+  typename Shapes::StatisticsPosition statistics_at;
+
+  heads.for_each([&](int batch, int head) {
+    const unsigned first_statistics = statistics_at.fills;
+    const int query_tiles = heads.group * heads.query_tiles;
+    // Until lse and delta of so many of the group's query tiles are there.
+    const auto await_statistics = [&](int tiles) {
+#pragma unroll 1
+      while (static_cast<int>(statistics_at.fills - first_statistics) < min(tiles, query_tiles)) {
+        stages.statistics.wait_full(statistics_at);
+        stages.statistics.release(statistics_at.stage());
+        statistics_at.advance();
+      }
+    };
+#pragma unroll 1
+    for (int tile = 0; tile < heads.key_tiles; ++tile) {
+      const attention::TilePlace place{tile, head, batch};
+      const typename HeadWalk<Config>::Walk walk(attention, place);
+      if (walk.steps() == 0) continue;
+      const auto load_keys = [&](int consumer) {
+        const auto load = [&](const auto& ring, const auto& at, int offset, const TensorMap& map,
+                              int batches) {
+          ring.announce(at, KeyTile::kBytes);
+          load_tile<KeyTile>(stages.shared + offset, map, ring.full(at.stage()), ptx::kEvictFirst,
+                             walk.first_key + consumer * Shapes::kConsumerKeys, head,
+                             attention::own_batch(batch, batches));
+        };
+        const auto at = stages.keys_at(number, consumer);
+        stages.keys.await_empty(at);
+        if (consumer == 0) stages.places.put(number % Shapes::kPlaces, place);
+        load(stages.keys, at, Shapes::kKeyOffset + at.stage() * KeyTile::kBytes, params.k,
+             attention.k.batches);
+        const typename Shapes::ValuePosition value_at{number};
+        stages.values(consumer).await_empty(value_at);
+        load(stages.values(consumer), value_at, Shapes::kValueOffset + consumer * KeyTile::kBytes,
+             params.v, attention.v.batches);
+      };
+      // What the second consumer has of a key tile it lets go of last: what is wanted before that
+      // is asked for first.
+      load_queries<Config>(
+          params.q, params.dout, params.backward,
+          static_cast<const BackwardStages<Shapes>&>(stages), walk, query_at, dout_at,
+          [&] { load_keys(0); },
+          [&](int n) {
+            if (n == 1) load_keys(1);
+            await_statistics(heads.group == 1 ? walk.query_tiles.begin + n + 1 : query_tiles);
+          });
+      if (walk.steps() == 1) load_keys(1);
+      ++number;
+    }
+    await_statistics(query_tiles);
+  });
+  // There are no more.
+  const auto at = stages.keys_at(number, 0);
+  stages.keys.await_empty(at);
+  stages.places.put(number % Shapes::kPlaces, {kNoTile, 0, 0});
+  stages.keys.announce(at, 0);
+  const auto second_at = stages.keys_at(number, 1);
+  stages.keys.await_empty(second_at);
+  stages.keys.announce(second_at, 0);
+}
+
+// Threads: a whole warp, of kStatisticsWarps.
+template <class Config>
+__device__ __forceinline__ void make_head_statistics(const Sm90HeadBackwardParams& params,
+                                                     const HeadBackwardStages<Config>& stages,
+                                                     int warp) {
+  using Shapes = HeadBackwardShapes<Config>;
+  const BackwardParams& backward = params.backward;
+  const AttentionParams& attention = backward.attention;
+  const HeadWalk<Config> heads(attention);
+  const attention::VisibleRange<Config> range(attention);
+  typename Shapes::StatisticsPosition at;
+  heads.for_each([&](int batch, int head_k) {
+#pragma unroll 1
+    for (int head = head_k * heads.group; head < (head_k + 1) * heads.group; ++head)
+#pragma unroll 1
+      for (int tile = 0; tile < heads.query_tiles; ++tile) {
+        const int first_query = tile * Config::kTileQ;
+        stages.statistics.await_empty(at);
+        make_statistics<Config, Config::kTileQ, Shapes::kChunksAhead>(
+            backward, batch, head, first_query, warp, [](int, float, float) {});
+        if (range.key_tiles(first_query).empty())
+          clear_rows<Config>(backward.dq, {tile, head, batch}, Config::kTileQ, attention.seqlen_q,
+                             warp, kStatisticsWarps);
+        ptx::fence_async_proxy_global();  // the copy engine reads what threads have written
+        stages.statistics.finish_fill(at);
+        at.advance();
+      }
+    // Consumers come to no tile that sees nothing, or that nothing sees.
+#pragma unroll 1
+    for (int tile = 0; tile < heads.key_tiles; ++tile) {
+      if (!range.query_tiles(tile * Config::kTileK).empty()) continue;
+      const auto clear = [&](const TensorView& gradient) {
+        clear_rows<Config>(gradient, {tile, head_k, batch}, Config::kTileK, attention.seqlen_k,
+                           warp, kStatisticsWarps);
+      };
+      clear(backward.dk);
+      clear(backward.dv);
+    }
+  });
+}
+
+// Contains all gradients of a CTA. Threads: whole warps, each its own of `warps`.
+template <class Config>
+__device__ __forceinline__ void contain_heads(const BackwardParams& backward, int warp, int warps) {
+  const AttentionParams& attention = backward.attention;
+  const HeadWalk<Config> heads(attention);
+  heads.for_each([&](int batch, int head_k) {
+    attention::contain_dk_dv<Config>(backward, batch, head_k, {warp, attention.seqlen_k}, warps);
+#pragma unroll 1
+    for (int head = head_k * heads.group; head < (head_k + 1) * heads.group; ++head)
+#pragma unroll 1
+      for (int tile = 0; tile < heads.query_tiles; ++tile) {
+        const int first_query = tile * Config::kTileQ;
+        attention::contain_dq<Config>(backward, batch, head, first_query,
+                                      {first_query + warp, first_query + Config::kTileQ}, warps);
+      }
+  });
+}
+
+// Threads: a whole warpgroup.
+template <class Config>
+__device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardParams& params,
+                                                      const HeadBackwardStages<Config>& stages,
+                                                      int consumer) {
+  using Shapes = HeadBackwardShapes<Config>;
+  using Element = typename Config::Element;
+  using QueryTile = typename Shapes::QueryTile;
+  using KeyTile = typename Shapes::KeyTile;
+  using DscoresTile = typename Shapes::DscoresTile;
+  using Scores = typename Shapes::Scores;
+  using Walk = typename HeadWalk<Config>::Walk;
+  using Step = typename Walk::Step;
+  const BackwardParams& backward = params.backward;
+  const AttentionParams& attention = backward.attention;
+
+  const HeadWalk<Config> heads(attention);
+  const int warp = ptx::uniform(static_cast<int>(threadIdx.x) % 128 / 32);
+  const int warp_row = consumer * Shapes::kConsumerKeys + warp * 16;
+
+  typename Shapes::Gradient dk;
+  typename Shapes::Gradient dv;
+  typename Shapes::Gradient dq;
+  Scores scores;
+  Scores dprobs;
+  // The warp's rows of k and of v of the key tile.
+  tile::RegisterOperand<1, Shapes::kHeadDimSteps> k_rows;
+  tile::RegisterOperand<1, Shapes::kHeadDimSteps> v_rows;
+  // Dropout takes registers.
+  constexpr int kAhead = Scores::kColumnTiles / (Config::kDropout ? 4 : 2);
+  ColumnStatistics<Scores, kAhead> lse;
+  ColumnStatistics<Scores, kAhead> delta;
+  tile::RingCursor<Shapes::kKeyStages> keys_at(consumer);
+  unsigned number = 0;  // of the key tile
+  unsigned steps = 0;   // so far
+  tile::RingCursor<Config::kQueryStages> query_at;
+  tile::RingCursor<Config::kDoutStages> dout_at;
+  const auto values = stages.values(consumer);
+
+  // A tile in a stage, as wgmma finds it.
+  const auto rows_of = [&](auto tile_type, int offset, int stage) {
+    using Tile = decltype(tile_type);
+    return tile::RowDescriptor<Tile>(stages.shared + offset + stage * Tile::kBytes, 0);
+  };
+  const auto columns_of = [&](auto tile_type, int offset, int stage) {
+    using Tile = decltype(tile_type);
+    return tile::ColumnDescriptor<Tile>(stages.shared + offset + stage * Tile::kBytes);
+  };
+  const auto start_scores = [&] {
+    tile::start_register_product<Element>(
+        scores, k_rows, rows_of(QueryTile(), Shapes::kQueryOffset, query_at.stage()), 0,
+        /*onto=*/false);
+  };
+  const auto start_dprobs = [&] {
+    tile::start_register_product<Element>(
+        dprobs, v_rows, rows_of(QueryTile(), Shapes::kDoutOffset, dout_at.stage()), 0,
+        /*onto=*/false);
+  };
+  const auto statistics = [&](int offset, int stage) {
+    return reinterpret_cast<const float*>(stages.memory + offset +
+                                          stage * Shapes::kStatisticsBytes);
+  };
+  // The step that is worked on: of which key tile's walk, how many are left of that, and where its
+  // dq goes. Kept from step to step, since the other consumer waits for what would be worked out
+  // beside dq.
+  struct Work {
+    attention::TilePlace place;
+    attention::Range query_tiles;  // of the walk
+    Step step;
+    int remaining;
+    int lag;  // in steps, by which consumer 1 may be behind when consumer 0 adds
+    unsigned char* sums;
+    bool adds_first;  // to sums that hold nothing yet
+    bool adds_last;   // and writes dq
+  };
+  Work work{};
+  const auto set_order = [&] {
+    const attention::Range key_tiles =
+        attention::VisibleRange<Config>(attention).key_tiles(work.step.query_tile * Config::kTileQ);
+    work.adds_first = consumer == 0 && work.place.tile == key_tiles.begin;
+    work.adds_last = consumer == 1 && work.place.tile == key_tiles.end - 1;
+  };
+  const auto set_sums = [&] {
+    const int head = work.step.head - work.place.head * heads.group;
+    work.sums = stages.memory + Shapes::kSumsOffset +
+                (head * heads.query_tiles + work.step.query_tile) * Shapes::Sums::kBytes;
+  };
+  const auto begin_walk = [&] {
+    work.place = stages.places.get(number % Shapes::kPlaces);
+    if (work.place.tile == kNoTile) return;
+    const Walk walk(attention, work.place);
+    work.query_tiles = walk.query_tiles;
+    work.remaining = walk.steps();
+    // Consumer 1 comes to a query tile with the key tile before as many steps before consumer 0
+    // does with this one as the walk has, or at least 3; with a limit on the left, fewer. Dropout
+    // has no register for that.
+    static_assert(Shapes::kSumsStages - 1 <= 3, "see above");
+    const bool is_limited = Config::kWindowed && attention.window_left < attention.seqlen_k;
+    work.lag = Config::kDropout || is_limited ? 1 : min(work.remaining, Shapes::kSumsStages - 1);
+    work.step = walk.first();
+    set_order();
+    set_sums();
+  };
+  const auto advance_walk = [&] {
+    work.sums += Shapes::Sums::kBytes;
+    if (++work.step.query_tile == work.query_tiles.end) {
+      work.step.query_tile = work.query_tiles.begin;
+      ++work.step.head;
+      set_sums();
+    }
+    if constexpr (Config::kWindowed) set_order();  // otherwise the same for all queries
+  };
+  const auto is_first_step = [&] {  // of the walk
+    return work.step.query_tile == work.query_tiles.begin &&
+           work.step.head == work.place.head * heads.group;
+  };
+  const auto tile_of = [&] {
+    const int first_key = work.place.tile * Config::kTileK;
+    return ScoreTile{work.place.batch, work.step.head, work.step.query_tile * Config::kTileQ,
+                     first_key, first_key + warp_row};
+  };
+  // What the first products of the step that comes read. crosses: it is of the next key tile.
+  // Behind the last one, products are of what lies there, and nobody looks at them.
+  const auto has_next = [&] { return stages.places.get(number % Shapes::kPlaces).tile != kNoTile; };
+  const auto await_scores = [&](bool crosses) {
+    if (crosses) {
+      stages.keys.wait_full(keys_at);
+      if (!has_next()) return;
+      k_rows.template read_rows<KeyTile>(
+          stages.shared + Shapes::kKeyOffset + keys_at.stage() * KeyTile::kBytes, warp * 16);
+    }
+    stages.query.wait_full(query_at);
+  };
+  const auto await_dprobs = [&](bool crosses) {
+    if (crosses) {
+      if (!has_next()) return;
+      values.wait_full(typename Shapes::ValuePosition{number});
+      v_rows.template read_rows<KeyTile>(
+          stages.shared + Shapes::kValueOffset + consumer * KeyTile::kBytes, warp * 16);
+    }
+    stages.dout.wait_full(dout_at);
+  };
+  // dk and dv leave by way of the places of dscores and of v, which are free between the last step
+  // of a key tile and the first one of the next.
+  const auto leads = [] { return ptx::reread_thread() % 128 == 0; };
+  const auto await_consumer = [&] { ptx::barrier_sync(Shapes::kConsumerBarrier + consumer, 128); };
+  const unsigned dscores = stages.shared + Shapes::kDscoresOffset + consumer * DscoresTile::kBytes;
+  const unsigned staged_dv = stages.shared + Shapes::kValueOffset + consumer * KeyTile::kBytes;
+  static_assert(DscoresTile::kBytes == KeyTile::kBytes, "dk takes the place of dscores");
+  bool finite = true;
+  const auto send_key_gradients = [&] {
+    if constexpr (Config::kWindowed) finite &= dk.is_finite() && dv.is_finite();
+    dk.scale(attention.softmax_scale);
+    if constexpr (Config::kDropout) dv.scale(attention.dropout_scale);
+    await_consumer();  // all products of dscores are done
+    tile::store_accumulator<Element, KeyTile, 16, 1>(dscores, 0, dk, warp * 16, 0);
+    tile::store_accumulator<Element, KeyTile, 16, 1>(staged_dv, 0, dv, warp * 16, 0);
+    ptx::fence_async_proxy();
+    await_consumer();
+    if (leads()) {
+      const int row = work.place.tile * Config::kTileK + consumer * Shapes::kConsumerKeys;
+      const auto store = [&](const TensorMap& map, unsigned staged, int batches) {
+        ptx::tma_store(map, staged, 0, row, work.place.head,
+                       attention::own_batch(work.place.batch, batches));
+      };
+      store(params.dk, dscores, backward.dk.batches);
+      store(params.dv, staged_dv, backward.dv.batches);
+      ptx::bulk_commit();
+    }
+  };
+  const auto load_lse = [&] { lse.load(statistics(Shapes::kLseOffset, query_at.stage())); };
+
+  await_scores(true);
+  start_scores();
+  await_dprobs(true);
+  load_lse();
+  start_dprobs();
+  ptx::wgmma_wait<1>();  // scores
+  begin_walk();
+#pragma unroll 1
+  while (work.place.tile != kNoTile) {
+    KeptBits<Config, Scores> dropout;
+    typename Shapes::Operand rounded_probs;
+    typename Shapes::Operand rounded_dscores;
+    make_probs<Config>(scores, attention, tile_of(), lse);
+    dropout.draw(attention, work.place.batch, work.step.head, tile_of().layout());
+    delta.load(statistics(Shapes::kDeltaOffset, dout_at.stage()));
+    ptx::wgmma_wait<0>();  // dprobs
+    round_probs<Config>(scores, dropout, rounded_probs);
+    const attention::ScoreTransform<Config> transform(attention, work.place.batch, work.step.head);
+#pragma unroll
+    for (int n = 0; n < Scores::kColumnTiles; ++n)
+      make_dscores<Config>(dprobs, n, scores.values[0][n], dropout, transform, tile_of().layout(),
+                           attention.dropout_scale, delta.take(n),
+                           statistics(Shapes::kLseOffset, query_at.stage()));
+    rounded_dscores.template pack<Element>(dprobs);
+    const bool begins = is_first_step();
+    if (begins && leads()) ptx::bulk_wait_read<0>();  // dk and dv of the key tile before
+    await_consumer();  // no warp reads dscores of the step before, or v, any more
+    if (begins && leads()) values.release(0);
+    tile::store_transposed<DscoresTile>(dscores, rounded_dscores, warp);
+    tile::start_register_product<Element>(
+        dv, rounded_probs, columns_of(QueryTile(), Shapes::kDoutOffset, dout_at.stage()), 0,
+        !begins);
+    tile::start_register_product<Element>(
+        dk, rounded_dscores, columns_of(QueryTile(), Shapes::kQueryOffset, query_at.stage()), 0,
+        !begins);
+    ptx::fence_async_proxy();  // behind the products' start, which takes as long as the stores
+    const typename Shapes::Sums sums(work.sums);
+    if (consumer == 0) {
+      stages.added.await_empty(
+          typename Shapes::SumsPosition{steps + Shapes::kSumsStages - work.lag});
+    } else {
+      stages.added.wait_full(typename Shapes::SumsPosition{steps});
+    }
+    if (!work.adds_first) sums.load(dq);
+    await_consumer();  // all dscores are there
+    tile::start_shared_sum<Element, Shapes::kKeySteps>(
+        dq, rows_of(DscoresTile(), Shapes::kDscoresOffset, consumer), 0,
+        columns_of(KeyTile(), Shapes::kKeyOffset, keys_at.stage()), 0, !work.adds_first);
+    ptx::wgmma_wait<1>();  // dv and dk
+    // Every thread has read lse and delta for itself.
+    stages.dout.release(dout_at.stage());
+    stages.query.release(query_at.stage());
+    const int key_stage = keys_at.stage();
+    query_at.advance();
+    dout_at.advance();
+    const bool crosses = --work.remaining == 0;
+    if (crosses) {
+      ++number;
+      keys_at.advance(kBackwardConsumers);
+    }
+    await_scores(crosses);
+    start_scores();
+    load_lse();
+    ptx::wgmma_wait<1>();  // dq
+    if (!work.adds_last) sums.store(dq);
+    if (consumer == 0) {
+      stages.added.finish_fill(typename Shapes::SumsPosition{steps});
+    } else {
+      stages.added.release(steps % Shapes::kSumsStages);
+    }
+    ++steps;
+    if (crosses) stages.keys.release(key_stage);
+    await_dprobs(crosses);
+    start_dprobs();
+    if (work.adds_last) {
+      store_query_gradient<Config>(backward, work.place.batch, work.step.head,
+                                   work.step.query_tile * Config::kTileQ + warp * 16, dq);
+      if constexpr (Config::kWindowed) finite &= dq.is_finite();
+    }
+    ptx::wgmma_wait<1>();  // scores: over a branch ptxas lets no more than one product run (C7514)
+    if (crosses) {
+      send_key_gradients();
+      begin_walk();
+    } else {
+      advance_walk();
+    }
+  }
+  ptx::wgmma_wait<0>();
+  if (leads()) ptx::bulk_wait();  // shared memory ends with the CTA
+  if constexpr (Config::kWindowed) {
+    ptx::fence_async_proxy_global();  // what the copy engine has written is read back
+    if (ptx::barrier_any(Shapes::kEndBarrier, kBackwardConsumers * 128, !finite))
+      contain_heads<Config>(backward, static_cast<int>(threadIdx.x) / 32 - 4,
+                            kBackwardConsumers * 4);
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void head_backward(const Sm90HeadBackwardParams& params,
+                                              unsigned char* shared) {
+  using Shapes = HeadBackwardShapes<Config>;
+  const HeadBackwardStages<Config> stages(shared);
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(params.q);
+    ptx::prefetch_tensor_map(params.k);
+    ptx::prefetch_tensor_map(params.v);
+    ptx::prefetch_tensor_map(params.dout);
+    stages.init();
+  }
+  __syncthreads();  // the rings are there
+  const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128);
+  if (warpgroup == 0) {
+    ptx::release_registers<Shapes::kProducerRegisters>();
+    const int warp = ptx::uniform(static_cast<int>(threadIdx.x) / 32);
+    if (warp > 0) {
+      make_head_statistics<Config>(params, stages, warp - 1);
+    } else if (ptx::elect_lane()) {
+      produce_head_backward<Config>(params, stages);
+    }
+  } else {
+    ptx::claim_registers<Shapes::kConsumerRegisters>();
+    consume_head_backward<Config>(params, stages, warpgroup - 1);
+  }
+}
+
+}  // namespace jfa::sm90
