@@ -128,9 +128,6 @@ std::int64_t mean_visible_keys(const jfa::AttentionParams& params) {
   return sum / kSamples;
 }
 
-// Each fetches its own half of a key tile (sm90/head_backward.cuh).
-constexpr int kConsumersOfKeys = 2;
-
 // Where queries see fewer keys than this, a CTA's products are done before its idle warps are.
 constexpr std::int64_t kServedKeys = 384;
 // From as many keys and steps of as many queries on, and in calls of as many rounds, idle warps
@@ -242,7 +239,8 @@ Status run_head(const BackwardCall& call, const BackwardPlan& plan,
       sm90::check_head_fits(specialization.head_tiles, specialization.tile_q, shape));
   jfa::Sm90HeadBackwardParams params{};
   params.backward = backward;
-  const int key_rows = specialization.tile_k / kConsumersOfKeys;
+  // Each consumer's are fetched by themselves.
+  const int key_rows = specialization.tile_k / sm90::kKeyConsumers;
   JFA_RETURN_IF_ERROR(fill_sm90_params(params, call, specialization.tile_q, key_rows));
   const auto fill = [&](jfa::TensorMap& map, const jfa::TensorView& view) {
     return fill_tensor_map(map, view, shape.seqlen_k, shape.heads_k, shape.head_dim, key_rows);

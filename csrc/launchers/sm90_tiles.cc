@@ -114,8 +114,9 @@ static_assert(is_seqlen_limit(kSplitNarrow) && is_seqlen_limit(kSplitWide) &&
                   is_seqlen_limit(kSplitDeterministic) && is_seqlen_limit(kSplitWideDeterministic),
               "calls of one plan run the same kernels");
 
-std::int64_t group_heads(const AttentionShape& shape) {
-  return shape.heads / std::max<std::int64_t>(1, shape.heads_k);
+// Of all query heads that read a key head.
+std::int64_t head_query_tiles(const AttentionShape& shape, int tile_q) {
+  return shape.heads / std::max<std::int64_t>(1, shape.heads_k) * ceil_div(shape.seqlen_q, tile_q);
 }
 
 // By how much CTAs that take whole heads are faster than the split form, or more (docs/tuning.md):
@@ -173,7 +174,7 @@ StatusOr<HeadBackwardTiles> head_backward_tiles(const AttentionSpec& spec,
 }
 
 Status check_head_fits(int head_tiles, int tile_q, const AttentionShape& shape) {
-  const std::int64_t query_tiles = group_heads(shape) * ceil_div(shape.seqlen_q, tile_q);
+  const std::int64_t query_tiles = head_query_tiles(shape, tile_q);
   if (query_tiles <= head_tiles) return Status();
   return Status::unimplemented("dq of " + std::to_string(head_tiles) +
                                " query tiles of a key head fits into shared memory; there are " +
@@ -183,7 +184,7 @@ Status check_head_fits(int head_tiles, int tile_q, const AttentionShape& shape) 
 bool suits_heads(const AttentionShape& shape, int multiprocessors) {
   const std::int64_t heads = shape.batch * shape.heads_k;
   const double rounds = static_cast<double>(ceil_div(heads, multiprocessors));
-  return heads > 0 && shape.seqlen_k > 0 && check_head_fits(kHeadTiles, kHeadTileQ, shape).ok() &&
+  return heads > 0 && shape.seqlen_k > 0 && head_query_tiles(shape, kHeadTileQ) <= kHeadTiles &&
          rounds * multiprocessors <= kHeadGain * static_cast<double>(heads);
 }
 
@@ -195,13 +196,12 @@ bool takes_heads(const AttentionSpec& spec, const AttentionShape& shape, const T
 
 int head_backward_shared_bytes(const HeadBackwardTiles& tiles, int head_dim) {
   const int stages = tiles.query_stages + tiles.dout_stages;
-  constexpr int kConsumers = 2;
-  constexpr int kKeyTiles = 3 + kConsumers;  // of k and of v, 64 rows each
+  constexpr int kKeyTiles = 3 + kKeyConsumers;  // of k and of v, 64 rows each
   const int statistics = stages * tiles.tile_q * 4;
   constexpr int kPlaces = 4 * 16;
   const int barriers = 2 * 8 * (stages + kKeyTiles + 4 + 8);
   const int fp32_columns = (head_dim + 15) / 16 * 16;
-  return kKeyTiles * tile_bytes(tiles.tile_k / kConsumers, head_dim) +
+  return kKeyTiles * tile_bytes(tiles.tile_k / kKeyConsumers, head_dim) +
          stages * tile_bytes(tiles.tile_q, head_dim) + tile_bytes(tiles.tile_q, tiles.tile_k) +
          tiles.head_tiles * tiles.tile_q * fp32_columns * 4 + statistics + kPlaces + barriers;
 }

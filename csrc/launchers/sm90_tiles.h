@@ -39,6 +39,9 @@ struct SplitBackwardTiles {
   int dq_value_stages;
 };
 
+// Of a backward on Hopper, each of which owns 64 keys where tiles have 128.
+constexpr int kKeyConsumers = 2;
+
 // Of a backward whose CTAs take whole heads (sm90/head_backward.cuh).
 struct HeadBackwardTiles {
   int tile_q;

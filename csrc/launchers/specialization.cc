@@ -279,14 +279,15 @@ StatusOr<BackwardSpecialization> sm90_head_backward(const AttentionSpec& spec,
       program("sm90/head_backward.cuh", config, sm90::kBackwardThreads, 1, entry,
               "Sm90HeadBackwardParams", "jfa::sm90::head_backward<Config>(params, shared)",
               needs_shared("sm90::HeadBackwardShapes", shared_bytes));
-  return BackwardSpecialization{
-      Family::kSm90Head,   sm90::describe(tiles),
-      tiles.tile_q,        tiles.tile_k,
-      std::nullopt,        {{source, kHopper}, entry, sm90::kBackwardThreads, shared_bytes},
-      std::nullopt,
-      /*dq_tile_q=*/0,
-      /*dq_tile_k=*/0,
-      /*prepared_rows=*/0, tiles.head_tiles};
+  BackwardSpecialization result{Family::kSm90Head,
+                                sm90::describe(tiles),
+                                tiles.tile_q,
+                                tiles.tile_k,
+                                /*first=*/std::nullopt,
+                                {{source, kHopper}, entry, sm90::kBackwardThreads, shared_bytes},
+                                /*postprocess=*/std::nullopt};
+  result.head_tiles = tiles.head_tiles;
+  return result;
 }
 
 StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,

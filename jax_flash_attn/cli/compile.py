@@ -216,8 +216,13 @@ def _jobs(options: argparse.Namespace) -> Iterator[Job]:
 
 def _of_many_heads(seqlen: int) -> dict[str, int]:
     """Sizes of a call that keeps every multiprocessor busy with heads."""
-    one = {"heads": 1, "heads_k": 1}
-    return {"seqlen_q": seqlen, "batch": 1 << 20, "seqlen_k": seqlen, **one}
+    return {
+        "seqlen_q": seqlen,
+        "seqlen_k": seqlen,
+        "batch": 1 << 20,
+        "heads": 1,
+        "heads_k": 1,
+    }
 
 
 def _specs(names: list[str]) -> list[_spec.AttentionSpec]:

@@ -52,6 +52,7 @@
 #include <ptx/warpgroup.cuh>
 #include <sm90/backward_steps.cuh>
 #include <sm90/gradient_rows.cuh>
+#include <sm90/head_stages.cuh>
 #include <sm90/load_tile.cuh>
 #include <sm90/query_statistics.cuh>
 #include <sm90/tile_places.cuh>
@@ -60,140 +61,6 @@
 #include <tile/shared_sums.cuh>
 
 namespace jfa::sm90 {
-
-template <class Config>
-struct HeadBackwardShapes {
-  static_assert(Config::kTileQ == 64, "dq is a product of 64 rows");
-  static_assert(Config::kTileK == 64 * kBackwardConsumers, "a consumer owns 64 keys");
-  static_assert(Config::kQueryStages > 1 && Config::kDoutStages > 1,
-                "consumer 0 waits for the next step before consumer 1 adds to this one");
-  static constexpr int kConsumerBarrier = 1;  // and 2
-  static constexpr int kEndBarrier = 3;
-  // The warps that read rows keep many loads on their way; consumers get along with what is left.
-  static constexpr int kConsumerRegisters = 232;
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kChunksAhead = 2;
-  static constexpr int kConsumerKeys = 64;
-  static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
-  static constexpr int kQuerySteps = Config::kTileQ / 16;
-  static constexpr int kKeySteps = kConsumerKeys / 16;
-
-  using QueryTile = tile::SharedTile<Config::kTileQ, Config::kHeadDim>;
-  using KeyTile = tile::SharedTile<kConsumerKeys, Config::kHeadDim>;  // of a consumer
-  using DscoresTile = tile::SharedTile<Config::kTileQ, kConsumerKeys>;
-  using Scores = tile::Accumulator<1, kQuerySteps>;
-  using Operand = tile::RegisterOperand<1, kQuerySteps>;
-  using Gradient = tile::Accumulator<1, kHeadDimSteps>;
-  using Sums = tile::SharedSums<Gradient>;
-
-  // With a third stage the next k of a consumer may come while both use theirs. Who waits for a
-  // fill knows that of the other consumer which had the stage before to be complete: when consumer
-  // 0 ends a walk, consumer 1 has ended the one before (Work::lag).
-  static constexpr int kKeyStages = 3;
-  // Consumer 0 is at most kQueryStages steps ahead.
-  static constexpr int kSumsStages = 4;
-  static_assert(Config::kQueryStages <= kSumsStages, "a step is told from the one a round later");
-  static constexpr int kStatisticsStages = 8;
-  using QueryRing = tile::Ring<Config::kQueryStages>;
-  using DoutRing = tile::Ring<Config::kDoutStages>;
-  using KeyRing = tile::Ring<kKeyStages>;
-  using ValueRing = tile::Ring<1>;  // of each consumer
-  using SumsRing = tile::Ring<kSumsStages>;
-  using StatisticsRing = tile::Ring<kStatisticsStages>;
-  using QueryPosition = tile::RingPosition<Config::kQueryStages>;
-  using DoutPosition = tile::RingPosition<Config::kDoutStages>;
-  using KeyPosition = tile::RingPosition<kKeyStages>;
-  using ValuePosition = tile::RingPosition<1>;
-  using SumsPosition = tile::RingPosition<kSumsStages>;
-  using StatisticsPosition = tile::RingPosition<kStatisticsStages>;
-  static constexpr int kStatisticsBytes = Config::kTileQ * 4;
-  // A place is written when consumers have let go of k of the key tile two before, whose own place
-  // they have read by then.
-  static constexpr int kPlaces = 4;
-
-  static constexpr int kKeyOffset = 0;
-  static constexpr int kValueOffset = kKeyOffset + kKeyStages * KeyTile::kBytes;
-  static constexpr int kQueryOffset = kValueOffset + kBackwardConsumers * KeyTile::kBytes;
-  static constexpr int kDoutOffset = kQueryOffset + Config::kQueryStages * QueryTile::kBytes;
-  static constexpr int kDscoresOffset = kDoutOffset + Config::kDoutStages * QueryTile::kBytes;
-  static constexpr int kSumsOffset = kDscoresOffset + kBackwardConsumers * DscoresTile::kBytes;
-  static constexpr int kLseOffset = kSumsOffset + Config::kHeadTiles * Sums::kBytes;
-  static constexpr int kDeltaOffset = kLseOffset + Config::kQueryStages * kStatisticsBytes;
-  static constexpr int kPlaceOffset = kDeltaOffset + Config::kDoutStages * kStatisticsBytes;
-  static constexpr int kQueryRingOffset = kPlaceOffset + kPlaces * TilePlaces::kSlotBytes;
-  static constexpr int kDoutRingOffset = kQueryRingOffset + QueryRing::kBytes;
-  static constexpr int kKeyRingOffset = kDoutRingOffset + DoutRing::kBytes;
-  static constexpr int kValueRingOffset = kKeyRingOffset + KeyRing::kBytes;
-  static constexpr int kSumsRingOffset = kValueRingOffset + kBackwardConsumers * ValueRing::kBytes;
-  static constexpr int kStatisticsRingOffset = kSumsRingOffset + SumsRing::kBytes;
-  static constexpr int kSharedBytes = kStatisticsRingOffset + StatisticsRing::kBytes;
-};
-
-// What all roles see of the shared memory.
-template <class Config>
-struct HeadBackwardStages : BackwardStages<HeadBackwardShapes<Config>> {
-  using Shapes = HeadBackwardShapes<Config>;
-  unsigned char* memory;
-  TilePlaces places;
-  typename Shapes::SumsRing added;
-  typename Shapes::StatisticsRing statistics;
-
-  __device__ __forceinline__ explicit HeadBackwardStages(unsigned char* shared_memory)
-      : BackwardStages<Shapes>(tile::shared_address(shared_memory)),
-        memory(shared_memory),
-        places(shared_memory + Shapes::kPlaceOffset),
-        added{this->shared + Shapes::kSumsRingOffset},
-        statistics{this->shared + Shapes::kStatisticsRingOffset} {}
-
-  // Threads: one, before a CTA barrier.
-  __device__ __forceinline__ void init() const {
-    this->query.init(kBackwardConsumers * 128);
-    this->dout.init(kBackwardConsumers * 128);
-    this->keys.init(128);
-    for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) values(consumer).init(1);
-    added.init(128, /*fillers=*/128);
-    statistics.init(1, /*fillers=*/kStatisticsWarps * 32);
-    ptx::mbarrier_init_fence();
-  }
-
-  __device__ __forceinline__ typename Shapes::ValueRing values(int consumer) const {
-    return {this->shared + Shapes::kValueRingOffset + consumer * Shapes::ValueRing::kBytes};
-  }
-  // Where a consumer's rows of k of the CTA's key tile of that number come.
-  static __device__ __forceinline__ typename Shapes::KeyPosition keys_at(unsigned number,
-                                                                         int consumer) {
-    return {number * kBackwardConsumers + consumer};
-  }
-  // The sums of a query tile, counted through the heads of a group.
-  __device__ __forceinline__ typename Shapes::Sums sums(int number) const {
-    return typename Shapes::Sums(memory + Shapes::kSumsOffset + number * Shapes::Sums::kBytes);
-  }
-};
-
-// The key heads of a CTA, and what there is of each.
-template <class Config>
-struct HeadWalk {
-  using Walk = BackwardWalk<Config, /*kStaggered=*/false>;
-  const AttentionParams& attention;
-  int group;
-  int query_tiles;  // of a query head
-  int key_tiles;
-
-  __device__ __forceinline__ explicit HeadWalk(const AttentionParams& params)
-      : attention(params),
-        group(params.heads / params.heads_k),
-        query_tiles((params.seqlen_q + Config::kTileQ - 1) / Config::kTileQ),
-        key_tiles((params.seqlen_k + Config::kTileK - 1) / Config::kTileK) {}
-
-  // visit(batch, key head). Threads: any.
-  template <class Visit>
-  __device__ __forceinline__ void for_each(Visit visit) const {
-    const unsigned heads = attention.batch * attention.heads_k;
-#pragma unroll 1
-    for (unsigned head = blockIdx.x; head < heads; head += gridDim.x)
-      visit(static_cast<int>(head / attention.heads_k), static_cast<int>(head % attention.heads_k));
-  }
-};
 
 // Threads: one.
 template <class Config>
@@ -544,7 +411,7 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
     }
     if (!work.adds_first) sums.load(dq);
     await_consumer();  // all dscores are there
-    tile::start_shared_sum<Element, Shapes::kKeySteps>(
+    tile::start_shared_product<Element, Shapes::kKeySteps>(
         dq, rows_of(DscoresTile(), Shapes::kDscoresOffset, consumer), 0,
         columns_of(KeyTile(), Shapes::kKeyOffset, keys_at.stage()), 0, !work.adds_first);
     ptx::wgmma_wait<1>();  // dv and dk

@@ -10,17 +10,27 @@
 
 namespace jfa::tile {
 
-// Reads what a lane has of sums in that layout, whose first four are at `sums`.
-template <class Acc>
+// Reads what a lane has of sums in that layout, whose first four are at `sums`. kColumnTileFloats:
+// from one column tile to the next.
+template <int kColumnTileFloats = 128, class Acc>
 __device__ __forceinline__ void read_sums(Acc& acc, const float* sums) {
 #pragma unroll
   for (int n = 0; n < Acc::kColumnTiles; ++n) {
-    const float4 values = *reinterpret_cast<const float4*>(sums + n * 128);
+    const float4 values = *reinterpret_cast<const float4*>(sums + n * kColumnTileFloats);
     acc.values[0][n][0] = values.x;
     acc.values[0][n][1] = values.y;
     acc.values[0][n][2] = values.z;
     acc.values[0][n][3] = values.w;
   }
+}
+
+// Writes them.
+template <int kColumnTileFloats = 128, class Acc>
+__device__ __forceinline__ void write_sums(const Acc& acc, float* sums) {
+#pragma unroll
+  for (int n = 0; n < Acc::kColumnTiles; ++n)
+    *reinterpret_cast<float4*>(sums + n * kColumnTileFloats) = make_float4(
+        acc.values[0][n][0], acc.values[0][n][1], acc.values[0][n][2], acc.values[0][n][3]);
 }
 
 // Acc: what one warpgroup adds or loads.
@@ -42,11 +52,7 @@ struct BulkAccumulator {
   // thread's open bulk group, may read what is staged until bulk_wait_read.
   // Threads: a whole warpgroup.
   static __device__ __forceinline__ void stage(const Acc& acc, unsigned char* staging) {
-    float* const staged = reinterpret_cast<float*>(staging) + thread_offset();
-#pragma unroll
-    for (int n = 0; n < Acc::kColumnTiles; ++n)
-      *reinterpret_cast<float4*>(staged + n * 128) = make_float4(
-          acc.values[0][n][0], acc.values[0][n][1], acc.values[0][n][2], acc.values[0][n][3]);
+    write_sums(acc, reinterpret_cast<float*>(staging) + thread_offset());
   }
   // Threads: one.
   __device__ __forceinline__ void send(const unsigned char* staging) const {

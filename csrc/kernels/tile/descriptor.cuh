@@ -49,8 +49,9 @@ struct ColumnDescriptor {
   }
 };
 
-// Starts acc = A * B over 16 * kSteps elements of what is summed, as one batch. The rows of A run
-// along M; B is a RowDescriptor, whose rows run along N, or a ColumnDescriptor, whose columns do.
+// Starts acc = A * B, or acc += A * B where `onto`, over 16 * kSteps elements of what is summed, as
+// one batch. The rows of A run along M; B is a RowDescriptor, whose rows run along N, or a
+// ColumnDescriptor, whose columns do.
 // kFresh: with registers of its own for acc, which need not be those that acc had before. Where a
 // loop around has no registers to spare for both, or for moves between them, one or the other form
 // may not fit.
@@ -58,7 +59,7 @@ struct ColumnDescriptor {
 template <class Element, int kSteps, bool kFresh = false, class Acc, class TileA, class DescriptorB>
 __device__ __forceinline__ void start_shared_product(Acc& acc, const RowDescriptor<TileA>& a,
                                                      unsigned a_offset, const DescriptorB& b,
-                                                     unsigned b_offset) {
+                                                     unsigned b_offset, bool onto = false) {
   static_assert(Acc::kRowTiles == 1, "a warp of a warpgroup holds one 16-row block");
   using Product = ptx::Wgmma<Element, Acc::kColumnTiles * 8>;
   ptx::wgmma_fence();
@@ -68,22 +69,7 @@ __device__ __forceinline__ void start_shared_product(Acc& acc, const RowDescript
 #pragma unroll
   for (int step = kFresh; step < kSteps; ++step)
     Product::template multiply<DescriptorB::kRowsSummed>(acc.values[0], a.at(a_offset, step),
-                                                         b.at(b_offset, step), step > 0);
-  ptx::wgmma_commit();
-}
-
-// Starts acc += A * B, or acc = A * B unless `onto`, as one batch.
-// Threads: a whole warpgroup, warp-uniform arguments.
-template <class Element, int kSteps, class Acc, class TileA, class DescriptorB>
-__device__ __forceinline__ void start_shared_sum(Acc& acc, const RowDescriptor<TileA>& a,
-                                                 unsigned a_offset, const DescriptorB& b,
-                                                 unsigned b_offset, bool onto) {
-  static_assert(Acc::kRowTiles == 1, "a warp of a warpgroup holds one 16-row block");
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step)
-    ptx::Wgmma<Element, Acc::kColumnTiles * 8>::template multiply<DescriptorB::kRowsSummed>(
-        acc.values[0], a.at(a_offset, step), b.at(b_offset, step), step > 0 || onto);
+                                                         b.at(b_offset, step), step > 0 || onto);
   ptx::wgmma_commit();
 }
 

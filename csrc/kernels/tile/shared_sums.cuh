@@ -4,35 +4,25 @@
 #pragma once
 
 #include <ptx/special_register.cuh>
-#include <tile/fragment.cuh>
+#include <tile/bulk_accumulator.cuh>
 
 namespace jfa::tile {
 
 template <class Acc>
 struct SharedSums {
   static_assert(Acc::kRowTiles == 1, "a warp of a warpgroup holds one 16-row block");
-  static constexpr int kBytes = Acc::kColumnTiles * 128 * static_cast<int>(sizeof(float4));
+  static constexpr int kColumnTileFloats = 128 * 4;  // four of each thread
+  static constexpr int kBytes =
+      Acc::kColumnTiles * kColumnTileFloats * static_cast<int>(sizeof(float));
 
-  float4* words;  // this thread's
+  float* sums;  // this thread's
 
   __device__ __forceinline__ explicit SharedSums(unsigned char* memory)
-      : words(reinterpret_cast<float4*>(memory) + ptx::reread_thread() % 128) {}
+      : sums(reinterpret_cast<float*>(memory) + ptx::reread_thread() % 128 * 4) {}
 
-  __device__ __forceinline__ void load(Acc& acc) const {
-#pragma unroll
-    for (int n = 0; n < Acc::kColumnTiles; ++n) {
-      const float4 values = words[n * 128];
-      acc.values[0][n][0] = values.x;
-      acc.values[0][n][1] = values.y;
-      acc.values[0][n][2] = values.z;
-      acc.values[0][n][3] = values.w;
-    }
-  }
+  __device__ __forceinline__ void load(Acc& acc) const { read_sums<kColumnTileFloats>(acc, sums); }
   __device__ __forceinline__ void store(const Acc& acc) const {
-#pragma unroll
-    for (int n = 0; n < Acc::kColumnTiles; ++n)
-      words[n * 128] = make_float4(acc.values[0][n][0], acc.values[0][n][1], acc.values[0][n][2],
-                                   acc.values[0][n][3]);
+    write_sums<kColumnTileFloats>(acc, sums);
   }
 };
 
