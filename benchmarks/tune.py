@@ -158,7 +158,7 @@ class HeadBackwardTiles(Tiles):
         if head_dim > 64:
             return False
         stages = self.query_stages + self.dout_stages
-        rows = 5 * self.tile_k // 2 + stages * self.tile_q
+        rows = 2 * self.tile_k + stages * self.tile_q
         dscores = 2 * self.tile_q * self.tile_k
         fp32_columns = -(-head_dim // 16) * 16
         needed = 2 * rows * _panel_columns(head_dim) + dscores

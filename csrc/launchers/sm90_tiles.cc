@@ -65,7 +65,7 @@ constexpr Row<SplitBackwardTiles> kSplitBackward[] = {
 // For short sequences of many heads.
 //                                        tile_q  tile_k  query, dout stages  head_tiles
 constexpr Row<HeadBackwardTiles> kHeadBackward[] = {
-    {64, Features::kNoSoftcap, {64, 128, 3, 2, 8}},
+    {64, Features::kNoSoftcap, {64, 128, 3, 3, 8}},
 };
 constexpr int kHeadTileQ = 64;  // of every row
 constexpr int kHeadTiles = 8;
@@ -196,7 +196,7 @@ bool takes_heads(const AttentionSpec& spec, const AttentionShape& shape, const T
 
 int head_backward_shared_bytes(const HeadBackwardTiles& tiles, int head_dim) {
   const int stages = tiles.query_stages + tiles.dout_stages;
-  constexpr int kKeyTiles = 3 + kKeyConsumers;  // of k and of v, 64 rows each
+  constexpr int kKeyTiles = 2 * kKeyConsumers;  // of 64 rows
   const int statistics = stages * tiles.tile_q * 4;
   constexpr int kPlaces = 4 * 16;
   const int barriers = 2 * 8 * (stages + kKeyTiles + 4 + 8);

@@ -69,6 +69,17 @@ HEADS = (
     large("plain", name="one_step", batch=75, heads=4, heads_k=4, seqlen_q=40),
     large("window_two_sided", batch=70, heads=4, heads_k=4, seqlen_q=300),
     large("causal", batch=70, heads=4, heads_k=4, seqlen_q=500, seqlen_k=450),
+    # Where consumer 1 is the first to add, and consumer 0 skips the first step of all.
+    large("window_own_key", batch=70, heads=4, heads_k=4, seqlen_q=128, seqlen_k=256),
+    large(
+        "window_own_key",
+        name="own_key",
+        batch=70,
+        heads=4,
+        heads_k=4,
+        seqlen_q=256,
+        seqlen_k=256,
+    ),
 )
 """For the backward whose CTAs take whole heads, several each."""
 

@@ -67,8 +67,8 @@ struct Sm90FusedBackwardParams : Sm90BackwardParams {
   int alternating_groups;  // deterministic alone: of how many groups key tiles alternate
 };
 
-// The same for kernels whose CTAs take whole heads: boxes of k, v, dk and dv have half of kTileK
-// rows.
+// The same for kernels whose CTAs take whole heads: boxes of k, dk and dv have half of kTileK rows;
+// v is read by threads.
 struct Sm90HeadBackwardParams : Sm90BackwardParams {
   TensorMap dk;
   TensorMap dv;

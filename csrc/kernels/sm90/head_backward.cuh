@@ -18,9 +18,7 @@
 // other. The three warps beside the producer work out lse and delta of the rows of heads to come.
 //
 //   ring        stages        filled with                  released
-//   keys        3             64 rows of k, of consumer 0  by the consumer's threads, after the
-//                             and of consumer 1 in turn    last dq
-//   values      1, of each    64 rows of v, and behind     by a thread of the consumer, when dv has
+//   keys        2, of each    64 rows of k, and behind     by a thread of the consumer, when dv has
 //               consumer      them dv                      been read
 //   query       kQueryStages  q and lse of a query tile    by each consumer's threads, after dk
 //   dout        kDoutStages   dout and delta               by each consumer's threads, after dv
@@ -92,47 +90,37 @@ __device__ __forceinline__ void produce_head_backward(const Sm90HeadBackwardPara
       const attention::TilePlace place{tile, head, batch};
       const typename HeadWalk<Config>::Walk walk(attention, place);
       if (walk.steps() == 0) continue;
-      const auto load_keys = [&](int consumer) {
-        const auto load = [&](const auto& ring, const auto& at, int offset, const TensorMap& map,
-                              int batches) {
-          ring.announce(at, KeyTile::kBytes);
-          load_tile<KeyTile>(stages.shared + offset, map, ring.full(at.stage()), ptx::kEvictFirst,
-                             walk.first_key + consumer * Shapes::kConsumerKeys, head,
-                             attention::own_batch(batch, batches));
-        };
-        const auto at = stages.keys_at(number, consumer);
-        stages.keys.await_empty(at);
-        if (consumer == 0) stages.places.put(number % Shapes::kPlaces, place);
-        load(stages.keys, at, Shapes::kKeyOffset + at.stage() * KeyTile::kBytes, params.k,
-             attention.k.batches);
-        const typename Shapes::ValuePosition value_at{number};
-        stages.values(consumer).await_empty(value_at);
-        load(stages.values(consumer), value_at, Shapes::kValueOffset + consumer * KeyTile::kBytes,
-             params.v, attention.v.batches);
+      const auto load_keys = [&] {
+        const typename Shapes::KeyPosition at{number};
+        for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) {
+          const auto keys = stages.keys_of(consumer);
+          keys.await_empty(at);
+          if (consumer == 0) stages.places.put(number % Shapes::kPlaces, place);
+          keys.announce(at, KeyTile::kBytes);
+          load_tile<KeyTile>(
+              stages.key_tile(consumer, at.stage()), params.k, keys.full(at.stage()),
+              ptx::kEvictFirst,
+              walk.first_key + half_of<Config>(consumer, tile) * Shapes::kConsumerKeys, head,
+              attention::own_batch(batch, attention.k.batches));
+        }
       };
-      // What the second consumer has of a key tile it lets go of last: what is wanted before that
-      // is asked for first.
       load_queries<Config>(
           params.q, params.dout, params.backward,
-          static_cast<const BackwardStages<Shapes>&>(stages), walk, query_at, dout_at,
-          [&] { load_keys(0); },
+          static_cast<const BackwardStages<Shapes>&>(stages), walk, query_at, dout_at, load_keys,
           [&](int n) {
-            if (n == 1) load_keys(1);
             await_statistics(heads.group == 1 ? walk.query_tiles.begin + n + 1 : query_tiles);
           });
-      if (walk.steps() == 1) load_keys(1);
       ++number;
     }
     await_statistics(query_tiles);
   });
   // There are no more.
-  const auto at = stages.keys_at(number, 0);
-  stages.keys.await_empty(at);
-  stages.places.put(number % Shapes::kPlaces, {kNoTile, 0, 0});
-  stages.keys.announce(at, 0);
-  const auto second_at = stages.keys_at(number, 1);
-  stages.keys.await_empty(second_at);
-  stages.keys.announce(second_at, 0);
+  const typename Shapes::KeyPosition at{number};
+  for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) {
+    stages.keys_of(consumer).await_empty(at);
+    if (consumer == 0) stages.places.put(number % Shapes::kPlaces, {kNoTile, 0, 0});
+    stages.keys_of(consumer).announce(at, 0);
+  }
 }
 
 // Threads: a whole warp, of kStatisticsWarps.
@@ -212,7 +200,9 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
 
   const HeadWalk<Config> heads(attention);
   const int warp = ptx::uniform(static_cast<int>(threadIdx.x) % 128 / 32);
-  const int warp_row = consumer * Shapes::kConsumerKeys + warp * 16;
+  const auto consumer_row = [&](int key_tile) {
+    return half_of<Config>(consumer, key_tile) * Shapes::kConsumerKeys;
+  };
 
   typename Shapes::Gradient dk;
   typename Shapes::Gradient dv;
@@ -226,12 +216,12 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
   constexpr int kAhead = Scores::kColumnTiles / (Config::kDropout ? 4 : 2);
   ColumnStatistics<Scores, kAhead> lse;
   ColumnStatistics<Scores, kAhead> delta;
-  tile::RingCursor<Shapes::kKeyStages> keys_at(consumer);
   unsigned number = 0;  // of the key tile
   unsigned steps = 0;   // so far
   tile::RingCursor<Config::kQueryStages> query_at;
   tile::RingCursor<Config::kDoutStages> dout_at;
-  const auto values = stages.values(consumer);
+  const auto keys = stages.keys_of(consumer);
+  const auto keys_at = [&] { return typename Shapes::KeyPosition{number}; };
 
   // A tile in a stage, as wgmma finds it.
   const auto rows_of = [&](auto tile_type, int offset, int stage) {
@@ -264,17 +254,35 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
     attention::Range query_tiles;  // of the walk
     Step step;
     int remaining;
-    int lag;  // in steps, by which consumer 1 may be behind when consumer 0 adds
+    bool skips;        // this consumer the first step of the walk
+    bool other_skips;  // the other one
     unsigned char* sums;
     bool adds_first;  // to sums that hold nothing yet
     bool adds_last;   // and writes dq
   };
   Work work{};
+  // By how many steps consumer 1 may be behind when consumer 0 adds. It comes to a query tile with
+  // the key tile before as many steps before consumer 0 does with the next one as the shortest walk
+  // has, the last, or at least 3; with a limit on the left, fewer. Dropout has no register for
+  // that.
+  static_assert(Shapes::kSumsStages - 1 <= 3, "see above");
+  const auto shortest_walk = [&] {
+    const int last_query_tile = max(0, heads.query_tiles - 1);
+    const attention::Range tiles =
+        attention::VisibleRange<Config>(attention).key_tiles(last_query_tile * Config::kTileQ);
+    return Walk(attention, {max(0, tiles.end - 1), 0, 0}).steps();
+  };
+  const bool is_limited = Config::kWindowed && attention.window_left < attention.seqlen_k;
+  const int lag =
+      Config::kDropout || is_limited ? 1 : max(1, min(shortest_walk(), Shapes::kSumsStages - 1));
+  // Of the additions to a query tile those of consumer 0 come first, with each key tile, where it
+  // does not skip them.
   const auto set_order = [&] {
     const attention::Range key_tiles =
         attention::VisibleRange<Config>(attention).key_tiles(work.step.query_tile * Config::kTileQ);
-    work.adds_first = consumer == 0 && work.place.tile == key_tiles.begin;
-    work.adds_last = consumer == 1 && work.place.tile == key_tiles.end - 1;
+    const bool other_skips = work.other_skips && work.step.query_tile == work.query_tiles.begin;
+    work.adds_first = work.place.tile == key_tiles.begin && (consumer == 0 || other_skips);
+    work.adds_last = work.place.tile == key_tiles.end - 1 && (consumer == 1 || other_skips);
   };
   const auto set_sums = [&] {
     const int head = work.step.head - work.place.head * heads.group;
@@ -286,14 +294,11 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
     if (work.place.tile == kNoTile) return;
     const Walk walk(attention, work.place);
     work.query_tiles = walk.query_tiles;
-    work.remaining = walk.steps();
-    // Consumer 1 comes to a query tile with the key tile before as many steps before consumer 0
-    // does with this one as the walk has, or at least 3; with a limit on the left, fewer. Dropout
-    // has no register for that.
-    static_assert(Shapes::kSumsStages - 1 <= 3, "see above");
-    const bool is_limited = Config::kWindowed && attention.window_left < attention.seqlen_k;
-    work.lag = Config::kDropout || is_limited ? 1 : min(work.remaining, Shapes::kSumsStages - 1);
+    work.skips = skips_first<Config>(attention, walk, consumer);
+    work.other_skips = skips_first<Config>(attention, walk, 1 - consumer);
+    work.remaining = walk.steps() - work.skips;
     work.step = walk.first();
+    work.step.query_tile += work.skips;
     set_order();
     set_sums();
   };
@@ -307,54 +312,88 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
     if constexpr (Config::kWindowed) set_order();  // otherwise the same for all queries
   };
   const auto is_first_step = [&] {  // of the walk
-    return work.step.query_tile == work.query_tiles.begin &&
+    return work.step.query_tile == work.query_tiles.begin + work.skips &&
            work.step.head == work.place.head * heads.group;
   };
   const auto tile_of = [&] {
     const int first_key = work.place.tile * Config::kTileK;
     return ScoreTile{work.place.batch, work.step.head, work.step.query_tile * Config::kTileQ,
-                     first_key, first_key + warp_row};
+                     first_key, first_key + consumer_row(work.place.tile) + warp * 16};
+  };
+  // v of the next key tile, asked for when v of this one has been used for the last time.
+  const auto ask_values = [&](unsigned next) {
+    keys.wait_full(typename Shapes::KeyPosition{next});
+    const attention::TilePlace place = stages.places.get(next % Shapes::kPlaces);
+    if (place.tile == kNoTile) return;
+    const int first_row = place.tile * Config::kTileK + consumer_row(place.tile) + warp * 16;
+    v_rows.template read_rows_of<Config::kHeadDim>(
+        attention::head_address(attention.v, place.batch, place.head) +
+            static_cast<long long>(first_row) * attention.v.row_stride,
+        attention.v.row_stride, attention.seqlen_k - first_row);
+  };
+  // A step that this consumer skips: what the others wait for.
+  const auto skip_operands = [&] {
+    stages.query.wait_full(query_at);
+    stages.query.release(query_at.stage());
+    query_at.advance();
+    stages.dout.wait_full(dout_at);
+    stages.dout.release(dout_at.stage());
+    dout_at.advance();
+  };
+  const auto await_sums = [&] {
+    if (consumer == 0) {
+      stages.added.await_empty(typename Shapes::SumsPosition{steps + Shapes::kSumsStages - lag});
+    } else {
+      stages.added.wait_full(typename Shapes::SumsPosition{steps});
+    }
+  };
+  const auto tell_sums = [&] {
+    if (consumer == 0) {
+      stages.added.finish_fill(typename Shapes::SumsPosition{steps});
+    } else {
+      stages.added.release(steps % Shapes::kSumsStages);
+    }
+    ++steps;
+  };
+  const auto next_skips = [&] {
+    if constexpr (!Config::kWindowed) return false;
+    const attention::TilePlace place = stages.places.get(number % Shapes::kPlaces);
+    return place.tile != kNoTile &&
+           skips_first<Config>(attention, Walk(attention, place), consumer);
   };
   // What the first products of the step that comes read. crosses: it is of the next key tile.
   // Behind the last one, products are of what lies there, and nobody looks at them.
   const auto has_next = [&] { return stages.places.get(number % Shapes::kPlaces).tile != kNoTile; };
   const auto await_scores = [&](bool crosses) {
     if (crosses) {
-      stages.keys.wait_full(keys_at);
       if (!has_next()) return;
-      k_rows.template read_rows<KeyTile>(
-          stages.shared + Shapes::kKeyOffset + keys_at.stage() * KeyTile::kBytes, warp * 16);
+      k_rows.template read_rows<KeyTile>(stages.key_tile(consumer, keys_at().stage()), warp * 16);
     }
     stages.query.wait_full(query_at);
   };
   const auto await_dprobs = [&](bool crosses) {
-    if (crosses) {
-      if (!has_next()) return;
-      values.wait_full(typename Shapes::ValuePosition{number});
-      v_rows.template read_rows<KeyTile>(
-          stages.shared + Shapes::kValueOffset + consumer * KeyTile::kBytes, warp * 16);
-    }
+    if (crosses && !has_next()) return;
     stages.dout.wait_full(dout_at);
   };
-  // dk and dv leave by way of the places of dscores and of v, which are free between the last step
-  // of a key tile and the first one of the next.
+  // dk and dv leave by way of the places of dscores, which is free between the last step of a key
+  // tile and the first one of the next, and of k.
   const auto leads = [] { return ptx::reread_thread() % 128 == 0; };
   const auto await_consumer = [&] { ptx::barrier_sync(Shapes::kConsumerBarrier + consumer, 128); };
   const unsigned dscores = stages.shared + Shapes::kDscoresOffset + consumer * DscoresTile::kBytes;
-  const unsigned staged_dv = stages.shared + Shapes::kValueOffset + consumer * KeyTile::kBytes;
   static_assert(DscoresTile::kBytes == KeyTile::kBytes, "dk takes the place of dscores");
   bool finite = true;
   const auto send_key_gradients = [&] {
     if constexpr (Config::kWindowed) finite &= dk.is_finite() && dv.is_finite();
     dk.scale(attention.softmax_scale);
     if constexpr (Config::kDropout) dv.scale(attention.dropout_scale);
-    await_consumer();  // all products of dscores are done
+    await_consumer();  // all products of dscores and k are done
+    const unsigned staged_dv = stages.key_tile(consumer, (number - 1) % Shapes::kKeyStages);
     tile::store_accumulator<Element, KeyTile, 16, 1>(dscores, 0, dk, warp * 16, 0);
     tile::store_accumulator<Element, KeyTile, 16, 1>(staged_dv, 0, dv, warp * 16, 0);
     ptx::fence_async_proxy();
     await_consumer();
     if (leads()) {
-      const int row = work.place.tile * Config::kTileK + consumer * Shapes::kConsumerKeys;
+      const int row = work.place.tile * Config::kTileK + consumer_row(work.place.tile);
       const auto store = [&](const TensorMap& map, unsigned staged, int batches) {
         ptx::tma_store(map, staged, 0, row, work.place.head,
                        attention::own_batch(work.place.batch, batches));
@@ -366,6 +405,12 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
   };
   const auto load_lse = [&] { lse.load(statistics(Shapes::kLseOffset, query_at.stage())); };
 
+  ask_values(0);
+  if (next_skips()) {
+    skip_operands();
+    await_sums();
+    tell_sums();
+  }
   await_scores(true);
   start_scores();
   await_dprobs(true);
@@ -392,8 +437,9 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
     rounded_dscores.template pack<Element>(dprobs);
     const bool begins = is_first_step();
     if (begins && leads()) ptx::bulk_wait_read<0>();  // dk and dv of the key tile before
-    await_consumer();  // no warp reads dscores of the step before, or v, any more
-    if (begins && leads()) values.release(0);
+    await_consumer();  // no warp reads dscores of the step before any more
+    if (begins && leads() && number > 0) keys.release((number - 1) % Shapes::kKeyStages);
+    if (work.remaining == 1) ask_values(number + 1);  // k of it comes where that has been let go of
     tile::store_transposed<DscoresTile>(dscores, rounded_dscores, warp);
     tile::start_register_product<Element>(
         dv, rounded_probs, columns_of(QueryTile(), Shapes::kDoutOffset, dout_at.stage()), 0,
@@ -403,41 +449,33 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
         !begins);
     ptx::fence_async_proxy();  // behind the products' start, which takes as long as the stores
     const typename Shapes::Sums sums(work.sums);
-    if (consumer == 0) {
-      stages.added.await_empty(
-          typename Shapes::SumsPosition{steps + Shapes::kSumsStages - work.lag});
-    } else {
-      stages.added.wait_full(typename Shapes::SumsPosition{steps});
-    }
+    await_sums();
     if (!work.adds_first) sums.load(dq);
     await_consumer();  // all dscores are there
     tile::start_shared_product<Element, Shapes::kKeySteps>(
         dq, rows_of(DscoresTile(), Shapes::kDscoresOffset, consumer), 0,
-        columns_of(KeyTile(), Shapes::kKeyOffset, keys_at.stage()), 0, !work.adds_first);
+        tile::ColumnDescriptor<KeyTile>(stages.key_tile(consumer, keys_at().stage())), 0,
+        !work.adds_first);
     ptx::wgmma_wait<1>();  // dv and dk
     // Every thread has read lse and delta for itself.
     stages.dout.release(dout_at.stage());
     stages.query.release(query_at.stage());
-    const int key_stage = keys_at.stage();
     query_at.advance();
     dout_at.advance();
     const bool crosses = --work.remaining == 0;
-    if (crosses) {
-      ++number;
-      keys_at.advance(kBackwardConsumers);
-    }
+    if (crosses) ++number;
+    const bool skips = crosses && next_skips();
+    if (skips) skip_operands();
     await_scores(crosses);
     start_scores();
     load_lse();
     ptx::wgmma_wait<1>();  // dq
     if (!work.adds_last) sums.store(dq);
-    if (consumer == 0) {
-      stages.added.finish_fill(typename Shapes::SumsPosition{steps});
-    } else {
-      stages.added.release(steps % Shapes::kSumsStages);
+    tell_sums();
+    if (skips) {
+      await_sums();
+      tell_sums();
     }
-    ++steps;
-    if (crosses) stages.keys.release(key_stage);
     await_dprobs(crosses);
     start_dprobs();
     if (work.adds_last) {
@@ -471,7 +509,6 @@ __device__ __forceinline__ void head_backward(const Sm90HeadBackwardParams& para
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(params.q);
     ptx::prefetch_tensor_map(params.k);
-    ptx::prefetch_tensor_map(params.v);
     ptx::prefetch_tensor_map(params.dout);
     stages.init();
   }

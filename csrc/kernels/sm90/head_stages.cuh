@@ -3,6 +3,7 @@
 #pragma once
 
 #include <attention/head_address.cuh>
+#include <attention/visible_range.cuh>
 #include <params/backward_params.h>
 #include <ptx/mbarrier.cuh>
 #include <sm90/backward_steps.cuh>
@@ -21,6 +22,8 @@ struct HeadBackwardShapes {
   static_assert(Config::kTileK == 64 * kBackwardConsumers, "a consumer owns 64 keys");
   static_assert(Config::kQueryStages > 1 && Config::kDoutStages > 1,
                 "consumer 0 waits for the next step before consumer 1 adds to this one");
+  static_assert(!Config::kWindowed || Config::kQueryStages > 2,
+                "and for the step behind that, where it skips one: two stages would wait forever");
   static constexpr int kConsumerBarrier = 1;  // and 2
   static constexpr int kEndBarrier = 3;
   // The warps that read rows keep many loads on their way; consumers get along with what is left.
@@ -40,34 +43,29 @@ struct HeadBackwardShapes {
   using Gradient = tile::Accumulator<1, kHeadDimSteps>;
   using Sums = tile::SharedSums<Gradient>;
 
-  // With a third stage the next k of a consumer may come while both use theirs. Who waits for a
-  // fill knows that of the other consumer which had the stage before to be complete: when consumer
-  // 0 ends a walk, consumer 1 has ended the one before (Work::lag).
-  static constexpr int kKeyStages = 3;
+  static constexpr int kKeyStages = 2;
   // Consumer 0 is at most kQueryStages steps ahead.
   static constexpr int kSumsStages = 4;
   static_assert(Config::kQueryStages <= kSumsStages, "a step is told from the one a round later");
   static constexpr int kStatisticsStages = 8;
   using QueryRing = tile::Ring<Config::kQueryStages>;
   using DoutRing = tile::Ring<Config::kDoutStages>;
-  using KeyRing = tile::Ring<kKeyStages>;
-  using ValueRing = tile::Ring<1>;  // of each consumer
+  using KeyRing = tile::Ring<kKeyStages>;  // of each consumer
   using SumsRing = tile::Ring<kSumsStages>;
   using StatisticsRing = tile::Ring<kStatisticsStages>;
   using QueryPosition = tile::RingPosition<Config::kQueryStages>;
   using DoutPosition = tile::RingPosition<Config::kDoutStages>;
   using KeyPosition = tile::RingPosition<kKeyStages>;
-  using ValuePosition = tile::RingPosition<1>;
   using SumsPosition = tile::RingPosition<kSumsStages>;
   using StatisticsPosition = tile::RingPosition<kStatisticsStages>;
   static constexpr int kStatisticsBytes = Config::kTileQ * 4;
-  // A place is written when consumers have let go of k of the key tile two before, whose own place
-  // they have read by then.
+  // A place is written when consumer 0 has let go of k of the key tile two before, and consumer 1
+  // of that three before, whose places they have read by then.
   static constexpr int kPlaces = 4;
 
   static constexpr int kKeyOffset = 0;
-  static constexpr int kValueOffset = kKeyOffset + kKeyStages * KeyTile::kBytes;
-  static constexpr int kQueryOffset = kValueOffset + kBackwardConsumers * KeyTile::kBytes;
+  static constexpr int kQueryOffset =
+      kKeyOffset + kBackwardConsumers * kKeyStages * KeyTile::kBytes;
   static constexpr int kDoutOffset = kQueryOffset + Config::kQueryStages * QueryTile::kBytes;
   static constexpr int kDscoresOffset = kDoutOffset + Config::kDoutStages * QueryTile::kBytes;
   static constexpr int kSumsOffset = kDscoresOffset + kBackwardConsumers * DscoresTile::kBytes;
@@ -77,8 +75,7 @@ struct HeadBackwardShapes {
   static constexpr int kQueryRingOffset = kPlaceOffset + kPlaces * TilePlaces::kSlotBytes;
   static constexpr int kDoutRingOffset = kQueryRingOffset + QueryRing::kBytes;
   static constexpr int kKeyRingOffset = kDoutRingOffset + DoutRing::kBytes;
-  static constexpr int kValueRingOffset = kKeyRingOffset + KeyRing::kBytes;
-  static constexpr int kSumsRingOffset = kValueRingOffset + kBackwardConsumers * ValueRing::kBytes;
+  static constexpr int kSumsRingOffset = kKeyRingOffset + kBackwardConsumers * KeyRing::kBytes;
   static constexpr int kStatisticsRingOffset = kSumsRingOffset + SumsRing::kBytes;
   static constexpr int kSharedBytes = kStatisticsRingOffset + StatisticsRing::kBytes;
 };
@@ -103,22 +100,42 @@ struct HeadBackwardStages : BackwardStages<HeadBackwardShapes<Config>> {
   __device__ __forceinline__ void init() const {
     this->query.init(kBackwardConsumers * 128);
     this->dout.init(kBackwardConsumers * 128);
-    this->keys.init(128);
-    for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) values(consumer).init(1);
+    for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) keys_of(consumer).init(1);
     added.init(128, /*fillers=*/128);
     statistics.init(1, /*fillers=*/kStatisticsWarps * 32);
     ptx::mbarrier_init_fence();
   }
 
-  __device__ __forceinline__ typename Shapes::ValueRing values(int consumer) const {
-    return {this->shared + Shapes::kValueRingOffset + consumer * Shapes::ValueRing::kBytes};
+  // BackwardStages::keys is consumer 0's.
+  __device__ __forceinline__ typename Shapes::KeyRing keys_of(int consumer) const {
+    return {this->shared + Shapes::kKeyRingOffset + consumer * Shapes::KeyRing::kBytes};
   }
-  // Where a consumer's rows of k of the CTA's key tile of that number come.
-  static __device__ __forceinline__ typename Shapes::KeyPosition keys_at(unsigned number,
-                                                                         int consumer) {
-    return {number * kBackwardConsumers + consumer};
+  // Where a consumer's rows of k lie.
+  __device__ __forceinline__ unsigned key_tile(int consumer, int stage) const {
+    return this->shared + Shapes::kKeyOffset +
+           (consumer * Shapes::kKeyStages + stage) * Shapes::KeyTile::kBytes;
   }
 };
+
+// Which half of a key tile a consumer owns. Under a mask they swap from key tile to key tile: what
+// a limit on the right hides of the first queries of a walk is all in the second half.
+template <class Config>
+__device__ __forceinline__ int half_of(int consumer, int key_tile) {
+  return Config::kWindowed ? consumer ^ (key_tile % 2) : consumer;
+}
+
+// Whether a consumer skips the first query tile of a walk, which does not see its half.
+template <class Config, class Walk>
+__device__ __forceinline__ bool skips_first(const AttentionParams& attention, const Walk& walk,
+                                            int consumer) {
+  if constexpr (!Config::kWindowed) return false;
+  constexpr int kConsumerKeys = Config::kTileK / kBackwardConsumers;
+  const int half = half_of<Config>(consumer, walk.place.tile);
+  const int first_seeing = attention::VisibleRange<Config>(attention).first_seeing(
+      walk.first_key + half * kConsumerKeys);
+  return attention.heads == attention.heads_k && walk.steps() > 1 &&
+         first_seeing >= (walk.query_tiles.begin + 1) * Config::kTileQ;
+}
 
 // The key heads of a CTA, and what there is of each.
 template <class Config>

@@ -105,6 +105,31 @@ struct RegisterOperand {
       for (int k = 0; k < kSteps; ++k) ptx::ldmatrix_x4(words[m][k], view.at(m * 16, k));
   }
 
+  // 16 rows of a row-major matrix of kColumns columns, of those that exist, which are rows
+  // [0, rows); zeros for the others. Threads: a whole warp. Needs: rows that start on 4 bytes.
+  template <int kColumns>
+  __device__ __forceinline__ void read_rows_of(const unsigned short* matrix, int row_stride,
+                                               int rows) {
+    static_assert(kRowTiles == 1, "16 rows");
+    static_assert(kColumns % 8 == 0, "eight columns exist together");
+    const int lane = ptx::reread_lane();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + 8 * half;
+      const unsigned short* const source =
+          matrix + static_cast<long long>(row) * row_stride + 2 * (lane % 4);
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const int column = k * 16 + side * 8;
+          words[0][k][half + 2 * side] = column < kColumns && row < rows
+                                             ? *reinterpret_cast<const unsigned*>(source + column)
+                                             : 0;
+        }
+    }
+  }
+
   __device__ __forceinline__ void load(unsigned (&out)[4], int row_tile, int step) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) out[i] = words[row_tile][step][i];
