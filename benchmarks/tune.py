@@ -39,8 +39,9 @@ _BARRIER_BYTES = 512
 """Barriers and places take less."""
 _REGISTERS = {2: 240, 3: 160}
 """Of a thread, by the number of consumer warpgroups."""
-_DQ_REGISTERS = 216
-"""The same where dq is computed by itself."""
+_DQ_REGISTERS = 200
+_WIDE_DQ_REGISTERS = 224
+"""The same where dq is computed by itself, up to head dim 128 and above."""
 _REGISTERS_BESIDE = 30
 """What a consumer needs besides accumulators and probabilities, at least."""
 
@@ -138,7 +139,8 @@ class SplitBackwardTiles(Tiles):
             dq_rows * row_bytes + 2 * 8 * self.dq_tile_q,
         )
         dq_registers = -(-head_dim // 16) * 8 + self.dq_tile_k * 5 // 4
-        fits_registers = dq_registers + _REGISTERS_BESIDE <= _DQ_REGISTERS
+        limit = _DQ_REGISTERS if head_dim <= 128 else _WIDE_DQ_REGISTERS
+        fits_registers = dq_registers + _REGISTERS_BESIDE <= limit
         return needed <= _SHARED_BYTES - _BARRIER_BYTES and fits_registers
 
 

@@ -7,23 +7,45 @@
 
 #include <attention/head_address.cuh>
 #include <params/backward_params.h>
+#include <ptx/cache_policy.cuh>
+#include <ptx/constant_load.cuh>
 #include <ptx/element.cuh>
 #include <ptx/math.cuh>
 
 namespace jfa::attention {
 
-// The product of 8 neighbouring elements of two rows.
+// 8 neighbouring elements of a row.
+struct RowChunk {
+  unsigned words[4];
+};
+
+// The rows of a matrix that nobody writes while the kernel runs.
+struct RowReader {
+  const unsigned short* matrix;
+  int row_stride;
+  unsigned long long cache_policy;
+
+  __device__ __forceinline__ RowReader(const TensorView& view, int batch, int head,
+                                       unsigned long long policy)
+      : matrix(head_address(view, batch, head)),
+        row_stride(view.row_stride),
+        cache_policy(policy) {}
+
+  __device__ __forceinline__ RowChunk load(int row, int chunk) const {
+    RowChunk found;
+    ptx::load_constant_words(
+        found.words, matrix + static_cast<long long>(row) * row_stride + chunk * 8, cache_policy);
+    return found;
+  }
+};
+
 template <class Element>
-__device__ __forceinline__ float dot_chunk(const unsigned short* a, const unsigned short* b) {
-  const uint4 a_words = *reinterpret_cast<const uint4*>(a);
-  const uint4 b_words = *reinterpret_cast<const uint4*>(b);
-  const unsigned a_word[4] = {a_words.x, a_words.y, a_words.z, a_words.w};
-  const unsigned b_word[4] = {b_words.x, b_words.y, b_words.z, b_words.w};
+__device__ __forceinline__ float dot(const RowChunk& a, const RowChunk& b) {
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    sum = fmaf(Element::low(a_word[i]), Element::low(b_word[i]), sum);
-    sum = fmaf(Element::high(a_word[i]), Element::high(b_word[i]), sum);
+    sum = fmaf(Element::low(a.words[i]), Element::low(b.words[i]), sum);
+    sum = fmaf(Element::high(a.words[i]), Element::high(b.words[i]), sum);
   }
   return sum;
 }
@@ -64,21 +86,40 @@ struct RowStatistics {
     dlse = params.dlse == nullptr ? nullptr : first_row(params.dlse, params.dlse_batches);
   }
 
+  // Nobody reads out again; the products read dout.
+  __device__ __forceinline__ RowReader out() const {
+    return {params.out, batch, head, ptx::kEvictFirst};
+  }
+  __device__ __forceinline__ RowReader dout() const {
+    return {params.dout, batch, head, ptx::kEvictLast};
+  }
+
   // The row to read in place of one that may not exist.
   __device__ __forceinline__ int existing(int row) const {
     return min(row, params.attention.seqlen_q - 1);
   }
 
   __device__ __forceinline__ Row load(int row) const {
-    const float found = lse[existing(row)];
-    const float cotangent = dlse == nullptr ? 0.0f : dlse[existing(row)];
-    return {row < params.attention.seqlen_q ? found : -ptx::infinity(), cotangent};
+    return read(row, [](const float* address) { return *address; });
+  }
+
+  // In front of what is read behind it, where the compiler would put it off and save registers.
+  __device__ __forceinline__ Row load_ahead(int row) const {
+    return read(row, [](const float* address) { return ptx::load_constant(address); });
   }
 
   __device__ __forceinline__ void store(int row, float lse_log2, float delta) const {
     const long long target = workspace_row(params, batch, head, row);
     params.lse_log2[target] = lse_log2;
     params.delta[target] = delta;
+  }
+
+ private:
+  template <class ReadFloat>
+  __device__ __forceinline__ Row read(int row, ReadFloat read_float) const {
+    const float found = read_float(lse + existing(row));
+    const float cotangent = dlse == nullptr ? 0.0f : read_float(dlse + existing(row));
+    return {row < params.attention.seqlen_q ? found : -ptx::infinity(), cotangent};
   }
 };
 

@@ -19,7 +19,8 @@ namespace jfa::attention {
 // clear before each launch.
 //
 // kOfKeys: tiles are of keys and their heads. Under a causal mask the first one of a head is then
-// the longest, where it is the last of the queries'.
+// the longest, where it is the last of the queries'. Heads come from the last to the first: what
+// the kernel before read last, L2 still has.
 template <class Config, bool kOfKeys = false>
 struct TileOrder {
   const AttentionParams& params;
@@ -56,6 +57,7 @@ struct TileOrder {
       tile = index() % tiles.of_head;
       head = index() / tiles.of_head;
     }
+    if constexpr (kOfKeys) head = heads() - 1 - head;
     return {tile, head % heads_of_batch(), head / heads_of_batch()};
   }
 

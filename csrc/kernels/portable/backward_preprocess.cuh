@@ -65,17 +65,16 @@ __device__ __forceinline__ void backward_preprocess(const BackwardParams& params
   using Dots = RowDots<Config::kHeadDim / 8>;
   const attention::RowStatistics statistics(params, place.batch, place.head);
   const int chunk = Dots::read_chunk();
-  const unsigned short* out = attention::head_address(params.out, place.batch, place.head);
-  const unsigned short* dout = attention::head_address(params.dout, place.batch, place.head);
+  const attention::RowReader out = statistics.out();
+  const attention::RowReader dout = statistics.dout();
 #pragma unroll 8
   for (int pass = 0; pass < kPreprocessRows / Dots::kRowsPerPass; ++pass) {
     const int row = place.tile * kPreprocessRows + pass * Dots::kRowsPerPass +
                     static_cast<int>(threadIdx.x) / Dots::kThreadsPerRow;
-    const attention::RowStatistics::Row known = statistics.load(row);
-    const long long read_row = statistics.existing(row);
-    const float dot = attention::dot_chunk<typename Config::Element>(
-        out + read_row * params.out.row_stride + chunk * 8,
-        dout + read_row * params.dout.row_stride + chunk * 8);
+    const attention::RowStatistics::Row known = statistics.load_ahead(row);
+    const int read_row = statistics.existing(row);
+    const float dot = attention::dot<typename Config::Element>(out.load(read_row, chunk),
+                                                               dout.load(read_row, chunk));
     const float sum = Dots::join(dot);
     if (threadIdx.x % Dots::kThreadsPerRow == 0)
       statistics.store(row, known.lse_log2(), known.delta(sum));

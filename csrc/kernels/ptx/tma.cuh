@@ -3,12 +3,9 @@
 #pragma once
 
 #include <params/tensor_map.h>
+#include <ptx/cache_policy.cuh>
 
 namespace jfa::ptx {
-
-// How long a copy's lines should stay in L2, as createpolicy encodes it for the whole access.
-constexpr unsigned long long kEvictFirst = 0x12F0000000000000ull;
-constexpr unsigned long long kEvictLast = 0x14F0000000000000ull;
 
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");

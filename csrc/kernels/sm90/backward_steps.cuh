@@ -83,6 +83,49 @@ struct BackwardStages {
         keys{shared_address + Shapes::kKeyRingOffset} {}
 };
 
+// Fetches a query tile of q or dout, and its lse or delta; before_statistics() comes between.
+// map_batch: the batch entry of q or dout. Threads: one.
+template <class Config, class Shapes, class Ring, class Position, class Step, class Between>
+__device__ __forceinline__ void load_query_tile(unsigned tiles, unsigned rows, const Ring& ring,
+                                                Position& at, const TensorMap& map, int map_batch,
+                                                const BackwardParams& backward,
+                                                const float* statistics, int batch,
+                                                const Step& step, Between before_statistics) {
+  using QueryTile = typename Shapes::QueryTile;
+  const int first_query = step.query_tile * Config::kTileQ;
+  const unsigned barrier = ring.full(at.stage());
+  ring.begin_fill(at, QueryTile::kBytes + Shapes::kStatisticsBytes);
+  load_tile<QueryTile>(tiles + at.stage() * QueryTile::kBytes, map, barrier, ptx::kEvictLast,
+                       first_query, step.head, map_batch);
+  before_statistics();
+  ptx::bulk_load(rows + at.stage() * Shapes::kStatisticsBytes,
+                 statistics + attention::workspace_row(backward, batch, step.head, first_query),
+                 Shapes::kStatisticsBytes, barrier);
+  at.advance();
+}
+
+// q and lse. Threads: one.
+template <class Config, class Shapes, class Step, class Between>
+__device__ __forceinline__ void load_query(const BackwardStages<Shapes>& stages,
+                                           typename Shapes::QueryPosition& at, const TensorMap& q,
+                                           int q_batch, const BackwardParams& backward, int batch,
+                                           const Step& step, Between before_statistics) {
+  load_query_tile<Config, Shapes>(stages.shared + Shapes::kQueryOffset,
+                                  stages.shared + Shapes::kLseOffset, stages.query, at, q, q_batch,
+                                  backward, backward.lse_log2, batch, step, before_statistics);
+}
+
+// dout and delta. Threads: one.
+template <class Config, class Shapes, class Step>
+__device__ __forceinline__ void load_dout(const BackwardStages<Shapes>& stages,
+                                          typename Shapes::DoutPosition& at, const TensorMap& dout,
+                                          int dout_batch, const BackwardParams& backward, int batch,
+                                          const Step& step) {
+  load_query_tile<Config, Shapes>(stages.shared + Shapes::kDoutOffset,
+                                  stages.shared + Shapes::kDeltaOffset, stages.dout, at, dout,
+                                  dout_batch, backward, backward.delta, batch, step, [] {});
+}
+
 // Fetches the query tiles of a walk: q before dout, since consumers start scores before dprobs.
 // load_keys() follows the first q; it may wait for the statistics, too. before_query(n) comes
 // before query tile n of the walk is fetched. Threads: one.
@@ -93,45 +136,21 @@ __device__ __forceinline__ void load_queries(const TensorMap& q, const TensorMap
                                              typename Shapes::QueryPosition& query_at,
                                              typename Shapes::DoutPosition& dout_at,
                                              LoadKeys load_keys, BeforeQuery before_query) {
-  using QueryTile = typename Shapes::QueryTile;
   const int batch = walk.place.batch;
   const int q_batch = attention::own_batch(batch, backward.attention.q.batches);
   const int dout_batch = attention::own_batch(batch, backward.dout.batches);
-
-  // A query tile of q or dout, and its lse or delta.
-  const auto load = [&](const auto& ring, auto& at, int tile_offset, int statistics_offset,
-                        const TensorMap& map, int map_batch, const float* statistics,
-                        const typename Walk::Step& step, auto before_statistics) {
-    const int first_query = step.query_tile * Config::kTileQ;
-    const unsigned barrier = ring.full(at.stage());
-    ring.begin_fill(at, QueryTile::kBytes + Shapes::kStatisticsBytes);
-    load_tile<QueryTile>(stages.shared + tile_offset + at.stage() * QueryTile::kBytes, map, barrier,
-                         ptx::kEvictLast, first_query, step.head, map_batch);
-    before_statistics();
-    ptx::bulk_load(stages.shared + statistics_offset + at.stage() * Shapes::kStatisticsBytes,
-                   statistics + attention::workspace_row(backward, batch, step.head, first_query),
-                   Shapes::kStatisticsBytes, barrier);
-    at.advance();
-  };
-  const auto load_query = [&](const auto& step, auto before_statistics) {
-    load(stages.query, query_at, Shapes::kQueryOffset, Shapes::kLseOffset, q, q_batch,
-         backward.lse_log2, step, before_statistics);
-  };
-  const auto nothing = [] {};
-
   int remaining = walk.steps();
   if (remaining == 0) return;
   typename Walk::Step step = walk.first();
   before_query(0);
-  load_query(step, load_keys);
+  load_query<Config>(stages, query_at, q, q_batch, backward, batch, step, load_keys);
 #pragma unroll 1
   while (true) {
-    load(stages.dout, dout_at, Shapes::kDoutOffset, Shapes::kDeltaOffset, dout, dout_batch,
-         backward.delta, step, nothing);
+    load_dout<Config>(stages, dout_at, dout, dout_batch, backward, batch, step);
     if (--remaining == 0) break;
     walk.advance(step);
     before_query(walk.steps() - remaining);
-    load_query(step, nothing);
+    load_query<Config>(stages, query_at, q, q_batch, backward, batch, step, [] {});
   }
 }
 

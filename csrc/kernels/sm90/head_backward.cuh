@@ -38,8 +38,8 @@
 // the first products of the next step as soon as it can: the last step of a key tile starts the
 // first one of the next, which runs while dk and dv are on their way.
 //
-// What binds is the chain of a consumer's own steps: of 2,900 cycles a step at head dim 64 the
-// tensor cores work 1,280 and shared memory 1,770 (docs/tuning.md).
+// What binds without a mask is the chain of a consumer's own steps: of 2,900 cycles a step at head
+// dim 64 the tensor cores work 1,280 and shared memory 1,770 (docs/tuning.md).
 #pragma once
 
 #include <attention/containment.cuh>
@@ -261,10 +261,11 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
     bool adds_last;   // and writes dq
   };
   Work work{};
-  // By how many steps consumer 1 may be behind when consumer 0 adds. It comes to a query tile with
-  // the key tile before as many steps before consumer 0 does with the next one as the shortest walk
-  // has, the last, or at least 3; with a limit on the left, fewer. Dropout has no register for
-  // that.
+  // By how many steps consumer 1 may be behind when consumer 0 adds. From a query tile of one key
+  // tile to the same of the next pass the steps from there to the end of the first walk, and those
+  // of the second one before it: all of a walk, if both begin with the same query tile, or else, as
+  // 128 keys are two query tiles, 3 and more. The last walk is the shortest. With a limit on the
+  // left walks end sooner. Dropout has no register for that.
   static_assert(Shapes::kSumsStages - 1 <= 3, "see above");
   const auto shortest_walk = [&] {
     const int last_query_tile = max(0, heads.query_tiles - 1);

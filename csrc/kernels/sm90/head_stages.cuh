@@ -44,7 +44,8 @@ struct HeadBackwardShapes {
   using Sums = tile::SharedSums<Gradient>;
 
   static constexpr int kKeyStages = 2;
-  // Consumer 0 is at most kQueryStages steps ahead.
+  // Consumer 0 is at most kQueryStages steps ahead of consumer 1, which reads q, too, and adds at
+  // most three ahead (head_backward.cuh).
   static constexpr int kSumsStages = 4;
   static_assert(Config::kQueryStages <= kSumsStages, "a step is told from the one a round later");
   static constexpr int kStatisticsStages = 8;
@@ -124,15 +125,15 @@ __device__ __forceinline__ int half_of(int consumer, int key_tile) {
   return Config::kWindowed ? consumer ^ (key_tile % 2) : consumer;
 }
 
-// Whether a consumer skips the first query tile of a walk, which does not see its half.
+// Whether a consumer skips the first query tile of a walk, which does not see its half. Not where a
+// tile comes once for each head of a group, nor the only step, which begins dk and dv.
 template <class Config, class Walk>
 __device__ __forceinline__ bool skips_first(const AttentionParams& attention, const Walk& walk,
                                             int consumer) {
   if constexpr (!Config::kWindowed) return false;
-  constexpr int kConsumerKeys = Config::kTileK / kBackwardConsumers;
   const int half = half_of<Config>(consumer, walk.place.tile);
   const int first_seeing = attention::VisibleRange<Config>(attention).first_seeing(
-      walk.first_key + half * kConsumerKeys);
+      walk.first_key + half * HeadBackwardShapes<Config>::kConsumerKeys);
   return attention.heads == attention.heads_k && walk.steps() > 1 &&
          first_seeing >= (walk.query_tiles.begin + 1) * Config::kTileQ;
 }

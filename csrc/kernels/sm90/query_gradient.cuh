@@ -41,15 +41,23 @@ struct QueryGradientShapes : KeyWalkShapes<Config, 2, true> {
   using KeyWalk = KeyWalkShapes<Config, 2, true>;
   static_assert(kWorkspaceRowMultiple % Config::kTileQ == 0, "statistics are padded to that");
   static_assert(Config::kKeyStages > 1, "k of a tile is kept beside the next one's");
-  // The warps that read rows keep many loads on their way; consumers get along with what is left.
+  // The warps that read rows keep many loads on their way, as many as short sequences need; wide
+  // consumers leave them fewer.
   static_assert(KeyWalk::kConsumers == 2, "registers are dealt out for two consumers");
-  static constexpr int kProducerRegisters = 72;
-  static constexpr int kConsumerRegisters = 216;
+  static constexpr bool kWide = Config::kHeadDim > 128;
+  static constexpr int kProducerRegisters = kWide ? 56 : 104;
+  static constexpr int kConsumerRegisters = kWide ? 224 : 200;
+  static constexpr int kChunksAhead = kWide ? 4 : 8;
+  // Steps of q that a consumer holds in registers. A step of 64 rows by 32 keys reads 2 KB of rows
+  // and 1 KB of keys from shared memory, which takes 24 cycles, and computes for 16. Dropout has no
+  // registers for that.
+  static constexpr int kHeldSteps = kWide && Config::kTileK == 32 && !Config::kDropout ? 6 : 0;
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
   static constexpr int kKeySteps = Config::kTileK / 16;
   using Scores = tile::Accumulator<1, kKeySteps>;
   using Gradient = tile::Accumulator<1, kHeadDimSteps>;
   using Dscores = tile::RegisterOperand<1, kKeySteps>;
+  using HeldQueries = tile::RegisterOperand<1, kHeldSteps == 0 ? 1 : kHeldSteps>;
   using Layout = attention::ScoreLayout<16, 16>;
 
   static constexpr int kStatisticsStages = 2;
@@ -105,7 +113,7 @@ __device__ __forceinline__ void make_statistics(const Sm90DealtBackwardParams& p
   for (; order.valid(); order.advance()) {
     const attention::TilePlace place = order.place();
     stages.statistics.await_empty(at);
-    make_statistics<Config, Config::kTileQ, /*kChunksAhead=*/4>(
+    make_statistics<Config, Config::kTileQ, Shapes::kChunksAhead>(
         params.backward, place.batch, place.head, place.tile * Config::kTileQ, warp,
         [&](int tile_row, float lse_log2, float delta) {
           stages.row(at, tile_row) = {lse_log2, delta};
@@ -154,6 +162,7 @@ __device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardPa
   typename Shapes::Scores dprobs;
   typename Shapes::Gradient dq;
   typename Shapes::Dscores dscores;
+  typename Shapes::HeldQueries held_queries;
   typename Shapes::QueryPosition query;
   typename Shapes::StatisticsPosition statistics_at;
   unsigned steps = 0;  // so far; k and v of a key tile come in step, so one counter serves both
@@ -163,11 +172,17 @@ __device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardPa
   const ConsumerTurns<Shapes::kConsumers> turns{consumer};
   const auto start_scores = [&] {
     const unsigned base = shared();
-    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
-        scores, tile::RowDescriptor<QueryTile>(base + Shapes::kQueryOffset, consumer_row),
-        query.stage() * Shapes::kQueryBytes,
-        tile::RowDescriptor<KeyTile>(base + Shapes::kKeyOffset, 0),
-        key().stage() * KeyTile::kBytes);
+    const tile::RowDescriptor<QueryTile> rows(base + Shapes::kQueryOffset, consumer_row);
+    const tile::RowDescriptor<KeyTile> columns(base + Shapes::kKeyOffset, 0);
+    if constexpr (Shapes::kHeldSteps > 0) {
+      tile::start_held_product<Element, Shapes::kHeadDimSteps>(
+          scores, held_queries, rows, query.stage() * Shapes::kQueryBytes, columns,
+          key().stage() * KeyTile::kBytes);
+    } else {
+      tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
+          scores, rows, query.stage() * Shapes::kQueryBytes, columns,
+          key().stage() * KeyTile::kBytes);
+    }
   };
   const auto start_dprobs = [&] {
     stages.value.wait_full(value());
@@ -209,6 +224,9 @@ __device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardPa
       stages.statistics.wait_full(statistics_at);
       stages.statistics.release(statistics_at.stage());
     } else {
+      if constexpr (Shapes::kHeldSteps > 0)
+        held_queries.template read_rows<QueryTile>(
+            shared() + Shapes::kQueryOffset + query.stage() * Shapes::kQueryBytes, warp_row);
       stages.key.wait_full(key());
       turns.await();
       start_scores();
@@ -303,9 +321,9 @@ __device__ __forceinline__ void query_gradient(const Sm90DealtBackwardParams& pa
   const QueryGradientStages<Config> stages(shared);
   const auto load_q_and_dout = [&](unsigned target, unsigned barrier, const Place& place) {
     const int row = place.tile * Config::kTileQ;
-    load_tile<QueryTile>(target, params.q, barrier, ptx::kEvictFirst, row, place.head,
+    load_tile<QueryTile>(target, params.q, barrier, ptx::kEvictLast, row, place.head,
                          attention::own_batch(place.batch, attention.q.batches));
-    load_tile<QueryTile>(target + QueryTile::kBytes, params.dout, barrier, ptx::kEvictFirst, row,
+    load_tile<QueryTile>(target + QueryTile::kBytes, params.dout, barrier, ptx::kEvictLast, row,
                          place.head,
                          attention::own_batch(place.batch, params.backward.dout.batches));
   };

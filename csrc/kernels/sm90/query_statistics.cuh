@@ -11,55 +11,64 @@ namespace jfa::sm90 {
 constexpr int kStatisticsWarps = 3;  // all of the producer's warpgroup but the producer
 
 // Rows [first_row, first_row + kTileRows) of a head, to the workspace. Warps take turns at a pass
-// of rows; eight lanes share a row. keep(tile_row, lse_log2, delta) is told each, too.
+// of rows. keep(tile_row, lse_log2, delta) is told each, too.
 // kChunksAhead: chunks of out and of dout that a lane has on their way, for which it has registers.
 // Threads: a whole warp, of kStatisticsWarps.
 template <class Config, int kTileRows, int kChunksAhead, class Keep>
 __device__ __forceinline__ void make_statistics(const BackwardParams& backward, int batch, int head,
                                                 int first_row, int warp, Keep keep) {
-  constexpr int kRowLanes = 8;
   constexpr int kChunks = Config::kHeadDim / 8;
+  // That share a row: the fewer, the fewer sums to join. Four read two sectors side by side.
+  constexpr int kRowLanes = kChunks > 4 * kChunksAhead ? 8 : 4;
   constexpr int kSteps = (kChunks + kRowLanes - 1) / kRowLanes;
-  // Rows of a lane in a pass.
-  constexpr int kRows = kSteps < kChunksAhead ? kChunksAhead / kSteps : 1;
-  constexpr int kPassRows = 32 / kRowLanes * kRows;
+  static_assert(kSteps <= kChunksAhead, "a lane has its whole row on the way");
+  constexpr int kRows = kChunksAhead / kSteps;  // of a lane in a pass
+  constexpr int kLaneRows = 32 / kRowLanes;
+  constexpr int kPassRows = kLaneRows * kRows;
+  static_assert(kTileRows % kPassRows == 0, "whole passes");
   const int lane = threadIdx.x % 32;
-  const auto tile_row = [&](int pass, int i) {
-    return (pass * kRows + i) * (32 / kRowLanes) + lane / kRowLanes;
-  };
+  const int lane_chunk = lane % kRowLanes;
   const attention::RowStatistics statistics(backward, batch, head);
-  const unsigned short* const out = attention::head_address(backward.out, batch, head);
-  const unsigned short* const dout = attention::head_address(backward.dout, batch, head);
+  const attention::RowReader out = statistics.out();
+  const attention::RowReader dout = statistics.dout();
 #pragma unroll 1
   for (int pass = warp; pass < kTileRows / kPassRows; pass += kStatisticsWarps) {
+    const auto tile_row = [&](int i) {
+      return pass * kPassRows + i * kLaneRows + lane / kRowLanes;
+    };
+    // All of a pass is on its way before any of it is waited for.
+    attention::RowChunk out_chunks[kRows][kSteps];
+    attention::RowChunk dout_chunks[kRows][kSteps];
     attention::RowStatistics::Row known[kRows];
-    float sums[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int row = first_row + tile_row(pass, i);
-      known[i] = statistics.load(row);
-      const long long read_row = statistics.existing(row);
-      sums[i] = 0.0f;
+      const int row = statistics.existing(first_row + tile_row(i));
+      known[i] = statistics.load_ahead(first_row + tile_row(i));
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        const int chunk = step * kRowLanes + lane % kRowLanes;
-        const int read_chunk = min(chunk, kChunks - 1);
-        const float sum = attention::dot_chunk<typename Config::Element>(
-            out + read_row * backward.out.row_stride + read_chunk * 8,
-            dout + read_row * backward.dout.row_stride + read_chunk * 8);
-        if (chunk < kChunks) sums[i] += sum;
+        const int chunk = min(step * kRowLanes + lane_chunk, kChunks - 1);
+        out_chunks[i][step] = out.load(row, chunk);
+        dout_chunks[i][step] = dout.load(row, chunk);
       }
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const float dot =
+            attention::dot<typename Config::Element>(out_chunks[i][step], dout_chunks[i][step]);
+        if ((step + 1) * kRowLanes <= kChunks || step * kRowLanes + lane_chunk < kChunks)
+          sum += dot;
+      }
 #pragma unroll
       for (int offset = kRowLanes / 2; offset > 0; offset /= 2)
-        sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], offset);
-      if (lane % kRowLanes == 0) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+      if (lane_chunk == 0) {
         const float lse_log2 = known[i].lse_log2();
-        const float delta = known[i].delta(sums[i]);
-        keep(tile_row(pass, i), lse_log2, delta);
-        statistics.store(first_row + tile_row(pass, i), lse_log2, delta);
+        const float delta = known[i].delta(sum);
+        keep(tile_row(i), lse_log2, delta);
+        statistics.store(first_row + tile_row(i), lse_log2, delta);
       }
     }
   }

@@ -10,6 +10,8 @@
 // the other through shared memory in any order, in fp32. The consumer of probs runs ahead, without
 // a mask into the next key tile too.
 //
+// Two threads (producers) keep the copy engine busy.
+//
 //   ring    stages        filled with                released
 //   keys    1             k of a key tile, and its   by all threads of the consumer of probs, after
 //                         place                      the last scores
@@ -102,52 +104,68 @@ struct WideKeyGradientStages : BackwardStages<WideKeyGradientShapes<Config>> {
   }
 };
 
-// Threads: one.
+// Fetches what scores are made of, k and q, for the consumer of probs to begin with, or, for that
+// of dscores, what dprobs are made of, v and dout. A thread does each: a stage of dout is free
+// before the stage of q that one thread would wait for first. Threads: one.
 template <class Config>
 __device__ __forceinline__ void produce_wide_key_gradient(
-    const Sm90DealtBackwardParams& params, const WideKeyGradientStages<Config>& stages) {
+    const Sm90DealtBackwardParams& params, const WideKeyGradientStages<Config>& stages,
+    int consumer) {
   using Shapes = WideKeyGradientShapes<Config>;
   using Place = attention::TilePlace;
   using KeyTile = typename Shapes::KeyTile;
-  const AttentionParams& attention = params.backward.attention;
+  using Walk = BackwardWalk<Config, false>;
+  const BackwardParams& backward = params.backward;
+  const AttentionParams& attention = backward.attention;
+  const BackwardStages<Shapes>& queries = stages;
   typename Shapes::KeyPosition keys_at;
-  typename Shapes::QueryPosition query_at;
-  typename Shapes::DoutPosition dout_at;
-  attention::TileOrder<Config, /*kOfKeys=*/true> order(attention, params.tiles);
-  // k for the consumer of probs, v for that of dscores.
+  // k or v.
   const auto load_keys = [&](const Place& place) {
-    const auto load = [&](int consumer, const auto& ring, const TensorMap& map, int offset,
-                          int batches) {
-      ring.await_empty(keys_at);
-      stages.places.put(consumer, place);
-      if (place.tile == kNoTile) {
-        ring.announce(keys_at, 0);
-        return;
-      }
-      ring.announce(keys_at, KeyTile::kBytes);
-      load_tile<KeyTile>(stages.shared + offset, map, ring.full(0), ptx::kEvictLast,
-                         place.tile * Config::kTileK, place.head,
-                         attention::own_batch(place.batch, batches));
-    };
-    load(0, stages.keys, params.k, Shapes::kKeyOffset, attention.k.batches);
-    load(1, stages.values, params.v, Shapes::kValueOffset, attention.v.batches);
+    const auto& ring = consumer == 0 ? stages.keys : stages.values;
+    ring.await_empty(keys_at);
+    stages.places.put(consumer, place);
+    if (place.tile == kNoTile) {
+      ring.announce(keys_at, 0);
+      return;
+    }
+    ring.announce(keys_at, KeyTile::kBytes);
+    const TensorView& view = consumer == 0 ? attention.k : attention.v;
+    load_tile<KeyTile>(stages.shared + (consumer == 0 ? Shapes::kKeyOffset : Shapes::kValueOffset),
+                       consumer == 0 ? params.k : params.v, ring.full(0), ptx::kEvictLast,
+                       place.tile * Config::kTileK, place.head,
+                       attention::own_batch(place.batch, view.batches));
     keys_at.advance();
   };
-  ptx::await_previous_grid();  // of the statistics
+  // load(batch, map_batch, step) fetches a query tile of q or dout.
+  const auto produce = [&](int map_batches, auto load) {
+    attention::TileOrder<Config, /*kOfKeys=*/true> order(attention, params.tiles);
 #pragma unroll 1
-  for (; order.valid(); order.advance()) {
-    const Place place = order.place();
-    const BackwardWalk<Config, false> walk(attention, place);
-    if (walk.steps() == 0) {
+    for (; order.valid(); order.advance()) {
+      const Place place = order.place();
+      const Walk walk(attention, place);
+      const int map_batch = attention::own_batch(place.batch, map_batches);
       load_keys(place);
-    } else {
-      load_queries<Config>(
-          params.q, params.dout, params.backward,
-          static_cast<const BackwardStages<Shapes>&>(stages), walk, query_at, dout_at,
-          [&] { load_keys(place); }, [](int) {});
+      typename Walk::Step step = walk.first();
+#pragma unroll 1
+      for (int remaining = walk.steps(); remaining > 0; --remaining) {
+        load(place.batch, map_batch, step);
+        walk.advance(step);
+      }
     }
+    load_keys({kNoTile, 0, 0});
+  };
+  ptx::await_previous_grid();  // of the statistics
+  if (consumer == 0) {
+    typename Shapes::QueryPosition at;
+    produce(attention.q.batches, [&](int batch, int map_batch, const typename Walk::Step& step) {
+      load_query<Config>(queries, at, params.q, map_batch, backward, batch, step, [] {});
+    });
+  } else {
+    typename Shapes::DoutPosition at;
+    produce(backward.dout.batches, [&](int batch, int map_batch, const typename Walk::Step& step) {
+      load_dout<Config>(queries, at, params.dout, map_batch, backward, batch, step);
+    });
   }
-  load_keys({kNoTile, 0, 0});
 }
 
 // What both consumers have: the walk of a key tile, and positions in the rings.
@@ -383,8 +401,9 @@ __device__ __forceinline__ void wide_key_gradient(const Sm90DealtBackwardParams&
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128);
   if (warpgroup == 0) {
     ptx::release_registers<kBackwardProducerRegisters>();
-    if (ptx::uniform(static_cast<int>(threadIdx.x) / 32) == 0 && ptx::elect_lane())
-      produce_wide_key_gradient<Config>(params, stages);
+    const int warp = ptx::uniform(static_cast<int>(threadIdx.x) / 32);
+    if (warp < kBackwardConsumers && ptx::elect_lane())
+      produce_wide_key_gradient<Config>(params, stages, warp);
   } else {
     ptx::claim_registers<kBackwardConsumerRegisters>();
     consume_wide_key_gradient<Config>(params, stages, warpgroup - 1);

@@ -73,6 +73,29 @@ __device__ __forceinline__ void start_shared_product(Acc& acc, const RowDescript
   ptx::wgmma_commit();
 }
 
+// Starts acc = A * B over kSteps steps of 16, as one batch; registers hold A's first steps, which
+// saves their reads, and shared memory the others. Threads: a whole warpgroup, warp-uniform
+// arguments.
+template <class Element, int kSteps, class Acc, int kHeldSteps, class TileA, class DescriptorB>
+__device__ __forceinline__ void start_held_product(Acc& acc,
+                                                   const RegisterOperand<1, kHeldSteps>& held,
+                                                   const RowDescriptor<TileA>& a, unsigned a_offset,
+                                                   const DescriptorB& b, unsigned b_offset) {
+  static_assert(Acc::kRowTiles == 1, "a warp of a warpgroup holds one 16-row block");
+  static_assert(kHeldSteps <= kSteps, "of A's steps");
+  using Product = ptx::Wgmma<Element, Acc::kColumnTiles * 8>;
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kHeldSteps; ++step)
+    Product::template multiply<DescriptorB::kRowsSummed>(acc.values[0], held.words[0][step],
+                                                         b.at(b_offset, step), step > 0);
+#pragma unroll
+  for (int step = kHeldSteps; step < kSteps; ++step)
+    Product::template multiply<DescriptorB::kRowsSummed>(acc.values[0], a.at(a_offset, step),
+                                                         b.at(b_offset, step), true);
+  ptx::wgmma_commit();
+}
+
 // Starts acc += A * B with A in registers, or acc = A * B unless `onto`, as one batch: over the
 // first 16 * kSteps rows of B or, if that is a RowDescriptor, columns. Threads: a whole warpgroup,
 // warp-uniform arguments.
