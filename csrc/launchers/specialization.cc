@@ -171,6 +171,17 @@ KernelSpecialization backward_preprocess(const AttentionShape& shape, const Targ
   return {{source, target.architecture}, entry, kPreprocessThreads, 0};
 }
 
+// With what the tiles of every family have.
+template <class Tiles>
+BackwardSpecialization backward_of(Family family, const Tiles& tiles) {
+  BackwardSpecialization result;
+  result.family = family;
+  result.tiles = describe(tiles);
+  result.tile_q = tiles.tile_q;
+  result.tile_k = tiles.tile_k;
+  return result;
+}
+
 StatusOr<BackwardSpecialization> sm80_backward(const AttentionSpec& spec,
                                                const AttentionShape& shape, const Target& target,
                                                const std::optional<TileOverride>& forced) {
@@ -198,17 +209,14 @@ StatusOr<BackwardSpecialization> sm80_backward(const AttentionSpec& spec,
       program("sm80/backward.cuh", layout, tiles.warps * 32, tiles.ctas, entry, "BackwardParams",
               "jfa::sm80::backward<Config>(params, shared)",
               needs_shared("sm80::BackwardShapes", shared_bytes));
-  return BackwardSpecialization{
-      Family::kSm80,
-      sm80::describe(tiles),
-      tiles.tile_q,
-      tiles.tile_k,
-      backward_preprocess(shape, target),
-      {{source, target.architecture}, entry, tiles.warps * 32, shared_bytes},
-      KernelSpecialization{{postprocess, target.architecture},
-                           postprocess_entry,
-                           tiles.warps * 32,
-                           sm80::backward_postprocess_shared_bytes(tiles, head_dim)}};
+  BackwardSpecialization result = backward_of(Family::kSm80, tiles);
+  result.first = backward_preprocess(shape, target);
+  result.main = {{source, target.architecture}, entry, tiles.warps * 32, shared_bytes};
+  result.postprocess = {{postprocess, target.architecture},
+                        postprocess_entry,
+                        tiles.warps * 32,
+                        sm80::backward_postprocess_shared_bytes(tiles, head_dim)};
+  return result;
 }
 
 StatusOr<BackwardSpecialization> sm90_split_backward(const AttentionSpec& spec,
@@ -241,23 +249,19 @@ StatusOr<BackwardSpecialization> sm90_split_backward(const AttentionSpec& spec,
       "Sm90DealtBackwardParams", "jfa::sm90::" + kernel + "<Config>(params, shared)",
       needs_shared(sm90::is_wide(tiles) ? "sm90::WideKeyGradientShapes" : "sm90::KeyGradientShapes",
                    sm90::key_gradient_shared_bytes(tiles, head_dim)));
-  return BackwardSpecialization{
-      Family::kSm90Split,
-      sm90::describe(tiles),
-      tiles.tile_q,
-      tiles.tile_k,
-      KernelSpecialization{{dq_source, kHopper},
-                           dq_entry,
-                           dq_threads,
-                           sm90::query_gradient_shared_bytes(tiles, head_dim)},
-      {{source, kHopper},
-       entry,
-       sm90::kBackwardThreads,
-       sm90::key_gradient_shared_bytes(tiles, head_dim),
-       /*starts_early=*/true},
-      std::nullopt,
-      tiles.dq_tile_q,
-      tiles.dq_tile_k};
+  BackwardSpecialization result = backward_of(Family::kSm90Split, tiles);
+  result.first = {{dq_source, kHopper},
+                  dq_entry,
+                  dq_threads,
+                  sm90::query_gradient_shared_bytes(tiles, head_dim)};
+  result.main = {{source, kHopper},
+                 entry,
+                 sm90::kBackwardThreads,
+                 sm90::key_gradient_shared_bytes(tiles, head_dim),
+                 /*starts_early=*/true};
+  result.dq_tile_q = tiles.dq_tile_q;
+  result.dq_tile_k = tiles.dq_tile_k;
+  return result;
 }
 
 StatusOr<BackwardSpecialization> sm90_head_backward(const AttentionSpec& spec,
@@ -279,13 +283,8 @@ StatusOr<BackwardSpecialization> sm90_head_backward(const AttentionSpec& spec,
       program("sm90/head_backward.cuh", config, sm90::kBackwardThreads, 1, entry,
               "Sm90HeadBackwardParams", "jfa::sm90::head_backward<Config>(params, shared)",
               needs_shared("sm90::HeadBackwardShapes", shared_bytes));
-  BackwardSpecialization result{Family::kSm90Head,
-                                sm90::describe(tiles),
-                                tiles.tile_q,
-                                tiles.tile_k,
-                                /*first=*/std::nullopt,
-                                {{source, kHopper}, entry, sm90::kBackwardThreads, shared_bytes},
-                                /*postprocess=*/std::nullopt};
+  BackwardSpecialization result = backward_of(Family::kSm90Head, tiles);
+  result.main = {{source, kHopper}, entry, sm90::kBackwardThreads, shared_bytes};
   result.head_tiles = tiles.head_tiles;
   return result;
 }
@@ -323,21 +322,17 @@ StatusOr<BackwardSpecialization> sm90_backward(const AttentionSpec& spec,
       program(file, config, sm90::kBackwardThreads, 1, entry, "Sm90FusedBackwardParams",
               "jfa::sm90::backward<Config>(params, shared)",
               needs_shared("sm90::BackwardShapes", shared_bytes));
-  return BackwardSpecialization{
-      Family::kSm90,
-      sm90::describe(tiles),
-      tiles.tile_q,
-      tiles.tile_k,
-      backward_preprocess(shape, target),
-      {{source, kHopper}, entry, sm90::kBackwardThreads, shared_bytes, /*starts_early=*/true},
-      KernelSpecialization{{postprocess, kHopper},
-                           postprocess_entry,
-                           sm90::kBackwardPostprocessThreads,
-                           sm90::backward_postprocess_shared_bytes(tiles, head_dim),
-                           /*starts_early=*/true},
-      /*dq_tile_q=*/0,
-      /*dq_tile_k=*/0,
-      serves_rows ? prepared_rows : 0};
+  BackwardSpecialization result = backward_of(Family::kSm90, tiles);
+  result.first = backward_preprocess(shape, target);
+  result.main = {
+      {source, kHopper}, entry, sm90::kBackwardThreads, shared_bytes, /*starts_early=*/true};
+  result.postprocess = {{postprocess, kHopper},
+                        postprocess_entry,
+                        sm90::kBackwardPostprocessThreads,
+                        sm90::backward_postprocess_shared_bytes(tiles, head_dim),
+                        /*starts_early=*/true};
+  result.prepared_rows = serves_rows ? prepared_rows : 0;
+  return result;
 }
 
 }  // namespace

@@ -37,10 +37,10 @@ struct ForwardSpecialization {
 };
 
 struct BackwardSpecialization {
-  Family family;
+  Family family = Family::kSm80;
   std::string tiles;
-  int tile_q;
-  int tile_k;
+  int tile_q = 0;
+  int tile_k = 0;
   // The preprocess kernel; of kSm90Split, that of dq; of kSm90Head there is none.
   std::optional<KernelSpecialization> first;
   KernelSpecialization main;
