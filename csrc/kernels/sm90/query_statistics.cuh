@@ -2,7 +2,6 @@
 // lse in units of log2 and delta (attention/row_statistics.cuh).
 #pragma once
 
-#include <attention/head_address.cuh>
 #include <attention/row_statistics.cuh>
 #include <params/backward_params.h>
 

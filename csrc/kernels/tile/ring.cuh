@@ -22,23 +22,18 @@ struct RingPosition {
 template <int kStages>
 class RingCursor {
  public:
-  __device__ __forceinline__ explicit RingCursor(int fills = 0)
-      : stage_(fills % kStages), round_(fills / kStages % 2) {}
-
   __device__ __forceinline__ int stage() const { return stage_; }
   __device__ __forceinline__ unsigned round() const { return round_; }
-  // By up to kStages.
-  __device__ __forceinline__ void advance(int fills = 1) {
-    stage_ += fills;
-    if (stage_ >= kStages) {
+  __device__ __forceinline__ void advance() {
+    if (++stage_ >= kStages) {
       stage_ -= kStages;
       round_ ^= 1;
     }
   }
 
  private:
-  int stage_;
-  unsigned round_;
+  int stage_ = 0;
+  unsigned round_ = 0;
 };
 
 // The two barriers of each stage: `full` completes when a stage is filled, `empty` when all its
