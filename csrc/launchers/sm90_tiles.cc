@@ -189,8 +189,9 @@ bool suits_heads(const AttentionShape& shape, int multiprocessors) {
 }
 
 bool takes_heads(const AttentionSpec& spec, const AttentionShape& shape, const Target& target) {
-  // Deterministic gradients of a row do not depend on how many others there are.
-  return !spec.deterministic && suits_heads(shape, target.multiprocessors) &&
+  // Deterministic gradients of a row do not depend on how many others there are: the split form adds
+  // in the same order (sm90/key_order.cuh).
+  return suits_heads(shape, target.multiprocessors) &&
          head_backward_tiles(spec, shape, target).ok();
 }
 

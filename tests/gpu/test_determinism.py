@@ -106,6 +106,23 @@ def test_additions_in_order(tiles, case, expected):
         assert distinct(results[name] for results in runs) == 1, name
 
 
+@pytest.mark.parametrize("case", HEADS, ids=str)
+def test_whole_heads_add_as_the_split_form_does(case):
+    """So a deterministic row does not depend on how many heads there are."""
+    devices.require_family("sm90")
+    attend = calls.attention(case, implementation="cuda", deterministic=True)
+    run = jax.jit(calls.with_gradients(attend))
+    arrays = inputs.make(case)
+    results = {}
+    for tiles in ("sm90head", "sm90split"):
+        with testing.override_tiles("backward", tiles):
+            results[tiles] = jax.block_until_ready(run(arrays))
+    for name in results["sm90head"]:
+        both = [np.asarray(results[tiles][name]) for tiles in results]
+        differ = np.count_nonzero(both[0] != both[1])
+        assert differ == 0, f"{differ} of {both[0].size} elements of {name}"
+
+
 def test_wide_heads_with_softcap_have_no_order():
     devices.require_family("sm90")
     case = dataclasses.replace(cases.BY_NAME["plain"], head_dim=128, softcap=10.0)

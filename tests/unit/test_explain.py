@@ -89,7 +89,7 @@ def many_heads(batch=33, seqlen_q=512, heads=4, heads_k=4, head_dim=64):
     [
         (many_heads(), {}, True),
         (many_heads(), {"causal": True, "window_size": (30, 0)}, True),
-        (many_heads(), {"deterministic": True}, False),
+        (many_heads(), {"deterministic": True}, True),
         (many_heads(), {"softcap": 5.0}, False),
         (many_heads(head_dim=72), {}, False),
         (many_heads(seqlen_q=513), {}, False),

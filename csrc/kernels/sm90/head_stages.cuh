@@ -7,6 +7,7 @@
 #include <params/backward_params.h>
 #include <ptx/mbarrier.cuh>
 #include <sm90/backward_steps.cuh>
+#include <sm90/key_order.cuh>
 #include <sm90/query_statistics.cuh>
 #include <sm90/tile_places.cuh>
 #include <tile/fragment.cuh>
@@ -117,13 +118,6 @@ struct HeadBackwardStages : BackwardStages<HeadBackwardShapes<Config>> {
            (consumer * Shapes::kKeyStages + stage) * Shapes::KeyTile::kBytes;
   }
 };
-
-// Which half of a key tile a consumer owns. Under a mask they swap from key tile to key tile: what
-// a limit on the right hides of the first queries of a walk is all in the second half.
-template <class Config>
-__device__ __forceinline__ int half_of(int consumer, int key_tile) {
-  return Config::kWindowed ? consumer ^ (key_tile % 2) : consumer;
-}
 
 // Whether a consumer skips the first query tile of a walk, which does not see its half. Not where a
 // tile comes once for each head of a group, nor the only step, which begins dk and dv.

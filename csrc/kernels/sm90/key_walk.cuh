@@ -16,6 +16,7 @@
 #include <params/tensor_map.h>
 #include <ptx/tma.cuh>
 #include <ptx/warpgroup.cuh>
+#include <sm90/key_order.cuh>
 #include <sm90/load_tile.cuh>
 #include <sm90/tile_places.cuh>
 #include <tile/ring.cuh>
@@ -44,6 +45,7 @@ struct KeyWalkShapes {
   // has filled all query stages anew.
   static constexpr int kPlaces = 2 * Config::kQueryStages;
 
+  using Order = KeyOrder<Config, false>;
   using QueryTile = tile::SharedTile<Config::kTileQ, Config::kHeadDim>;
   using KeyTile = tile::SharedTile<Config::kTileK, Config::kHeadDim>;
   using QueryRing = tile::Ring<Config::kQueryStages>;
@@ -134,16 +136,14 @@ __device__ __forceinline__ void produce(const KeyWalkStages<Config, Shapes>& sta
   // The keys of a query tile: which tiles, and where they lie. Worked out once for all of them:
   // what stands between the wait for a stage and its copy, all consumers wait for (docs/tuning.md).
   struct Keys {
-    int first;  // key of the first tile
-    int last;   // key of the last tile
+    typename Shapes::Order order;
     int head;
     int k_batch;
     int v_batch;
   };
   const auto keys_of = [&](const Place& place) -> Keys {
-    const attention::Range tiles = range.key_tiles(place.tile * Config::kTileQ);
-    return {tiles.begin * Config::kTileK, (tiles.end - 1) * Config::kTileK, place.head / group,
-            attention::own_batch(place.batch, attention.k.batches),
+    return {typename Shapes::Order(range.key_tiles(place.tile * Config::kTileQ)),
+            place.head / group, attention::own_batch(place.batch, attention.k.batches),
             attention::own_batch(place.batch, attention.v.batches)};
   };
   const auto load_query = [&](const Place& place) {
@@ -177,7 +177,7 @@ __device__ __forceinline__ void produce(const KeyWalkStages<Config, Shapes>& sta
   load_query(place);
   Keys keys = keys_of(place);
   const auto load_first_key = [&](const Place& of) {
-    if (of.tile != kNoTile && keys.first <= keys.last) load_key(keys, keys.last);
+    if (of.tile != kNoTile && keys.order.valid()) load_key(keys, keys.order.first_key());
   };
   load_first_key(place);
 #pragma unroll 1
@@ -186,10 +186,10 @@ __device__ __forceinline__ void produce(const KeyWalkStages<Config, Shapes>& sta
     const Place next = next_place(order);
     if (Config::kQueryStages > 1) load_query(next);
 #pragma unroll 1
-    for (int first_key = keys.last; first_key >= keys.first; first_key -= Config::kTileK) {
-      if (Shapes::kKeysKept) load_value(keys, first_key);
-      if (first_key > keys.first) load_key(keys, first_key - Config::kTileK);
-      if (!Shapes::kKeysKept) load_value(keys, first_key);
+    for (auto at = keys.order; at.valid(); at.advance()) {
+      if (Shapes::kKeysKept) load_value(keys, at.first_key());
+      if (at.has_next()) load_key(keys, at.next_key());
+      if (!Shapes::kKeysKept) load_value(keys, at.first_key());
     }
     keys = keys_of(next);
     load_first_key(next);

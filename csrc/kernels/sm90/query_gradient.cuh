@@ -52,6 +52,8 @@ struct QueryGradientShapes : KeyWalkShapes<Config, 2, true> {
   // and 1 KB of keys from shared memory, which takes 24 cycles, and computes for 16. Dropout has no
   // registers for that.
   static constexpr int kHeldSteps = kWide && Config::kTileK == 32 && !Config::kDropout ? 6 : 0;
+  // Up to head dim 64 whole heads may compute the same gradients.
+  using Order = KeyOrder<Config, Config::kHeadDim <= 64 && Config::kTileK == 64>;
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
   static constexpr int kKeySteps = Config::kTileK / 16;
   using Scores = tile::Accumulator<1, kKeySteps>;
@@ -271,16 +273,17 @@ __device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardPa
         }
       };
 
-      int first_key = (key_tiles.end - 1) * Config::kTileK;
-      const int last_first_key = key_tiles.begin * Config::kTileK;
+      typename Shapes::Order order(key_tiles);
+      int first_key = order.first_key();
       ptx::wgmma_wait<1>();  // scores
       make_probs({first_query + warp_row, first_key}, first_key);
       ptx::wgmma_wait<0>();  // dprobs
       release_value();
       make_dscores({first_query + warp_row, first_key});
 #pragma unroll 1
-      while (first_key > last_first_key) {
-        first_key -= Config::kTileK;
+      while (order.has_next()) {
+        order.advance();
+        first_key = order.first_key();
         ++steps;
         stages.key.wait_full(key());
         turns.await();
