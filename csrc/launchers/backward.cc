@@ -216,12 +216,19 @@ Status run_split(const BackwardCall& call, const BackwardPlan& plan,
   JFA_RETURN_IF_ERROR(
       fill_sm90_params(dq, call, specialization.dq_tile_q, specialization.dq_tile_k));
   const std::int64_t query_tiles = dq.tiles.of_head * shape.batch * shape.heads;
-  JFA_RETURN_IF_ERROR(launch(*plan.first, *specialization.first,
-                             std::min(multiprocessors, query_tiles), stream, &dq));
+  const std::int64_t dq_ctas = std::min(multiprocessors, query_tiles);
+  // In the states of heads that only the fused form has, three for each. Above head dim 128 dk and
+  // dv are no faster for it, and slower at 2k (docs/tuning.md).
+  const bool starts_early = shape.head_dim <= 128 && dq_ctas <= 3 * shape.batch * shape.heads;
+  dq.statistics_done = starts_early ? backward.prepared : nullptr;
+  dq.statistics_ctas = static_cast<int>(dq_ctas);
+  JFA_RETURN_IF_ERROR(launch(*plan.first, *specialization.first, dq_ctas, stream, &dq));
 
   jfa::Sm90DealtBackwardParams dk_dv{};
   dk_dv.backward = backward;
   dk_dv.tiles = deal_key_tiles(shape, specialization.tile_k);
+  dk_dv.statistics_done = dq.statistics_done;
+  dk_dv.statistics_ctas = dq.statistics_ctas;
   JFA_RETURN_IF_ERROR(fill_sm90_params(dk_dv, call, specialization.tile_q, specialization.tile_k));
   const std::int64_t key_tiles = dk_dv.tiles.of_head * shape.batch * shape.heads_k;
   return launch(*plan.main, specialization.main, std::min(multiprocessors, key_tiles), stream,

@@ -189,8 +189,8 @@ bool suits_heads(const AttentionShape& shape, int multiprocessors) {
 }
 
 bool takes_heads(const AttentionSpec& spec, const AttentionShape& shape, const Target& target) {
-  // Deterministic gradients of a row do not depend on how many others there are: the split form adds
-  // in the same order (sm90/key_order.cuh).
+  // Deterministic gradients of a row do not depend on how many others there are: the split form
+  // adds in the same order (sm90/key_order.cuh).
   return suits_heads(shape, target.multiprocessors) &&
          head_backward_tiles(spec, shape, target).ok();
 }
@@ -230,9 +230,11 @@ int key_gradient_shared_bytes(const SplitBackwardTiles& tiles, int head_dim) {
   const int statistics = stages * tiles.tile_q * 4;
   const int key_stages = is_wide(tiles) ? 1 : 2;
   constexpr int kPlaces = 2 * 16;
-  // The wide kernel exchanges probabilities, and has one barrier more for v.
+  // The wide kernel exchanges probabilities. It has a ring of k and one of v for two stages of
+  // both, and the other one a barrier that lets its producer go on.
   const int probs_stages = is_wide(tiles) ? 2 : 0;
-  const int barriers = 2 * 8 * (stages + 2 + probs_stages);
+  const int gates = is_wide(tiles) ? 0 : 1;
+  const int barriers = 2 * 8 * (stages + 2 + probs_stages + gates);
   return key_stages * 2 * tile_bytes(tiles.tile_k, head_dim) +
          stages * tile_bytes(tiles.tile_q, head_dim) + statistics +
          probs_stages * tiles.tile_q * tiles.tile_k * 4 + kPlaces + barriers;

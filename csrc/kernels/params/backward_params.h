@@ -77,6 +77,10 @@ struct Sm90HeadBackwardParams : Sm90BackwardParams {
 // The same for kernels whose CTAs deal tiles out among themselves.
 struct Sm90DealtBackwardParams : Sm90BackwardParams {
   DealtTiles tiles;
+  // Of each of the CTAs that compute dq: how many of its warps have worked out all their
+  // statistics, for which dk and dv then wait, not for dq. Null where there is no room.
+  int* statistics_done;
+  int statistics_ctas;
 };
 
 }  // namespace jfa

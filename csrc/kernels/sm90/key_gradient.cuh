@@ -25,6 +25,7 @@
 
 #include <attention/tile_order.cuh>
 #include <sm90/backward_steps.cuh>
+#include <sm90/query_statistics.cuh>
 #include <sm90/tile_places.cuh>
 
 namespace jfa::sm90 {
@@ -64,7 +65,8 @@ struct KeyGradientShapes {
   static constexpr int kQueryRingOffset = kPlaceOffset + kPlaces * TilePlaces::kSlotBytes;
   static constexpr int kDoutRingOffset = kQueryRingOffset + QueryRing::kBytes;
   static constexpr int kKeyRingOffset = kDoutRingOffset + DoutRing::kBytes;
-  static constexpr int kSharedBytes = kKeyRingOffset + KeyRing::kBytes;
+  static constexpr int kGateOffset = kKeyRingOffset + KeyRing::kBytes;
+  static constexpr int kSharedBytes = kGateOffset + StatisticsGate::Ring::kBytes;
 };
 
 // What both roles see of the shared memory.
@@ -72,10 +74,12 @@ template <class Config>
 struct KeyGradientStages : BackwardStages<KeyGradientShapes<Config>> {
   using Shapes = KeyGradientShapes<Config>;
   TilePlaces places;
+  StatisticsGate gate;
 
   __device__ __forceinline__ explicit KeyGradientStages(unsigned char* shared_memory)
       : BackwardStages<Shapes>(tile::shared_address(shared_memory)),
-        places(shared_memory + Shapes::kPlaceOffset) {}
+        places(shared_memory + Shapes::kPlaceOffset),
+        gate{{this->shared + Shapes::kGateOffset}} {}
 };
 
 // Threads: one.
@@ -109,9 +113,9 @@ __device__ __forceinline__ void produce_key_gradient(const Sm90DealtBackwardPara
     keys_at.advance();
   };
 
+  stages.gate.await();
   Place place = next_place(order);
   load_keys(place);
-  ptx::await_previous_grid();  // of the statistics
 #pragma unroll 1
   while (place.tile != kNoTile) {
     load_queries<Config>(
@@ -282,18 +286,21 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
       await_turn();
       cross();
     }
-    stages.keys.release((keys_at.fills - 1) % Shapes::kKeyStages);
+    // Where ptxas spills a register to keep the place, it is read once more.
+    const int stage = (keys_at.fills - 1) % Shapes::kKeyStages;
+    const attention::TilePlace done = Config::kAlibi ? place : stages.places.get(stage);
+    stages.keys.release(stage);
 
     const bool finite = dk.is_finite() && dv.is_finite();
     dk.scale(attention.softmax_scale);
     if constexpr (Config::kDropout) dv.scale(attention.dropout_scale);
-    store_key_gradient<Config>(backward.dk, dk, place, attention.seqlen_k, warp_row);
-    store_key_gradient<Config>(backward.dv, dv, place, attention.seqlen_k, warp_row);
+    store_key_gradient<Config>(backward.dk, dk, done, attention.seqlen_k, warp_row);
+    store_key_gradient<Config>(backward.dv, dv, done, attention.seqlen_k, warp_row);
     if constexpr (Config::kWindowed) {
       if (__builtin_expect(__any_sync(0xffffffffu, !finite), false)) {
         __syncwarp();  // contain_dk_dv reads what other lanes have written
-        const int first_key = place.tile * Config::kTileK + warp_row;
-        attention::contain_dk_dv<Config>(backward, place.batch, place.head,
+        const int first_key = done.tile * Config::kTileK + warp_row;
+        attention::contain_dk_dv<Config>(backward, done.batch, done.head,
                                          {first_key, first_key + 16}, 1);
       }
     }
@@ -309,14 +316,19 @@ __device__ __forceinline__ void key_gradient(const Sm90DealtBackwardParams& para
     stages.query.init(kBackwardConsumers * 128);
     stages.dout.init(kBackwardConsumers * 128);
     stages.keys.init(kBackwardConsumers * 128);
+    stages.gate.init();
     ptx::mbarrier_init_fence();
   }
   __syncthreads();  // the rings are there
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128);
   if (warpgroup == 0) {
     ptx::release_registers<kBackwardProducerRegisters>();
-    if (ptx::uniform(static_cast<int>(threadIdx.x) / 32) == 0 && ptx::elect_lane())
+    const int warp = ptx::uniform(static_cast<int>(threadIdx.x) / 32);
+    if (warp == StatisticsGate::kWarp) {
+      stages.gate.open(params);
+    } else if (warp == 0 && ptx::elect_lane()) {
       produce_key_gradient<Config>(params, stages);
+    }
   } else {
     ptx::claim_registers<kBackwardConsumerRegisters>();
     consume_key_gradient<Config>(params, stages, shared, warpgroup - 1);

@@ -123,6 +123,7 @@ __device__ __forceinline__ void make_statistics(const Sm90DealtBackwardParams& p
     stages.statistics.finish_fill(at);
     at.advance();
   }
+  tell_statistics(params);
 }
 
 // The 16 rows of dq that a warp has. Threads: a whole warp.
@@ -320,7 +321,7 @@ __device__ __forceinline__ void query_gradient(const Sm90DealtBackwardParams& pa
   using QueryTile = typename Shapes::QueryTile;
   using Place = attention::TilePlace;
   const AttentionParams& attention = params.backward.attention;
-  ptx::start_next_grid();
+  start_key_gradient(params);
   const QueryGradientStages<Config> stages(shared);
   const auto load_q_and_dout = [&](unsigned target, unsigned barrier, const Place& place) {
     const int row = place.tile * Config::kTileQ;

@@ -4,6 +4,12 @@
 
 #include <attention/row_statistics.cuh>
 #include <params/backward_params.h>
+#include <ptx/atomic.cuh>
+#include <ptx/grid_dependency.cuh>
+#include <ptx/special_register.cuh>
+#include <ptx/tma.cuh>
+#include <ptx/warpgroup.cuh>
+#include <tile/ring.cuh>
 
 namespace jfa::sm90 {
 
@@ -72,5 +78,56 @@ __device__ __forceinline__ void make_statistics(const BackwardParams& backward, 
     }
   }
 }
+
+// Lets the kernel of dk and dv start, which takes a multiprocessor when its CTA of dq has ended,
+// and reads what others have left of statistics meanwhile. Threads: all of a CTA of dq, at its
+// start, before a CTA barrier.
+__device__ __forceinline__ void start_key_gradient(const Sm90DealtBackwardParams& params) {
+  // Cleared before the next kernel starts, by the CTA that adds to it.
+  if (params.statistics_done != nullptr) {
+    if (threadIdx.x != 0) return;
+    ptx::store_release(params.statistics_done + ptx::reread_cta(), 0);
+    __threadfence();
+  }
+  ptx::start_next_grid();
+}
+
+// Tells that a warp has worked out all its statistics of its CTA. Threads: the warp.
+__device__ __forceinline__ void tell_statistics(const Sm90DealtBackwardParams& params) {
+  if (params.statistics_done == nullptr) return;
+  ptx::fence_async_proxy_global();  // the copy engine reads what threads have written
+  __syncwarp();
+  if (ptx::elect_lane()) ptx::add_release(params.statistics_done + ptx::reread_cta(), 1);
+}
+
+// By which a warp of the kernel of dk and dv lets its producers go on: they have no registers to
+// wait for many CTAs themselves.
+struct StatisticsGate {
+  using Ring = tile::Ring<1>;
+  using Position = tile::RingPosition<1>;
+  static constexpr int kWarp = 3;  // beside the producers
+  Ring ring;
+
+  // Threads: one, before a CTA barrier.
+  __device__ __forceinline__ void init() const { ring.init(/*users=*/1, /*fillers=*/32); }
+
+  // Waits for the statistics of all query rows. Threads: warp kWarp.
+  __device__ __forceinline__ void open(const Sm90DealtBackwardParams& params) const {
+    if (params.statistics_done == nullptr) {
+      ptx::await_previous_grid();
+    } else {
+#pragma unroll 1
+      for (int cta = ptx::reread_lane(); cta < params.statistics_ctas; cta += 32)
+        ptx::await_flag(params.statistics_done + cta, kStatisticsWarps);
+    }
+    ptx::fence_async_proxy_global();  // the copy engine reads what threads have written
+    ring.finish_fill(Position{0});
+    // Who comes behind this kernel may read dq.
+    ptx::await_previous_grid();
+  }
+
+  // Threads: one of each producer.
+  __device__ __forceinline__ void await() const { ring.wait_full(Position{0}); }
+};
 
 }  // namespace jfa::sm90
