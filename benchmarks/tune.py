@@ -130,7 +130,7 @@ class SplitBackwardTiles(Tiles):
             return False
         stages = self.query_stages + self.dout_stages
         rows = (1 if is_wide else 2) * 2 * self.tile_k + stages * self.tile_q
-        probs = 2 * 4 * self.tile_q * self.tile_k if is_wide else 0
+        probs = 4 * self.tile_q * self.tile_k if is_wide else 0
         dq_rows = 2 * self.dq_query_stages * self.dq_tile_q
         dq_rows += (self.dq_key_stages + self.dq_value_stages) * self.dq_tile_k
         row_bytes = 2 * _panel_columns(head_dim)
@@ -166,6 +166,29 @@ class HeadBackwardTiles(Tiles):
         needed = 2 * rows * _panel_columns(head_dim) + dscores
         needed += 4 * self.tile_q * (self.head_tiles * fp32_columns + stages)
         return needed <= _SHARED_BYTES - _BARRIER_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterBackwardTiles(Tiles):
+    """Tiles of sm90/cluster_backward.cuh."""
+
+    family: ClassVar[str] = "sm90cluster"
+    tile_q: int
+    tile_k: int
+    query_stages: int
+    dout_stages: int
+
+    def fits(self, head_dim: int) -> bool:
+        """Returns whether there is a kernel for it, and shared memory."""
+        if head_dim <= 128:
+            return False
+        stages = self.query_stages + self.dout_stages
+        rows = 2 * self.tile_k + stages * self.tile_q
+        tile = self.tile_q * self.tile_k
+        sent = 2 * 2 * tile
+        needed = 2 * rows * _panel_columns(head_dim) + 4 * tile
+        needed += 4 * stages * self.tile_q + _BARRIER_BYTES
+        return -(-needed // 1024) * 1024 + sent <= _SHARED_BYTES - _BARRIER_BYTES
 
 
 def _panel_columns(head_dim: int) -> int:
@@ -219,23 +242,34 @@ def head_backward_candidates(head_dim: int) -> Iterator[HeadBackwardTiles]:
             yield candidate
 
 
+def cluster_backward_candidates(head_dim: int) -> Iterator[ClusterBackwardTiles]:
+    """Yields the tiles worth trying for a head dim."""
+    for query_stages, dout_stages in itertools.product((2, 3, 4), (2, 3, 4)):
+        candidate = ClusterBackwardTiles(64, 64, query_stages, dout_stages)
+        if candidate.fits(head_dim):
+            yield candidate
+
+
 CANDIDATES: Mapping[str, Callable[[int], Iterator[Tiles]]] = {
     "forward": forward_candidates,
     "backward": backward_candidates,
     "split_backward": split_backward_candidates,
     "head_backward": head_backward_candidates,
+    "cluster_backward": cluster_backward_candidates,
 }
 TILES: Mapping[str, Callable[..., Tiles]] = {
     "forward": ForwardTiles,
     "backward": BackwardTiles,
     "split_backward": SplitBackwardTiles,
     "head_backward": HeadBackwardTiles,
+    "cluster_backward": ClusterBackwardTiles,
 }
 OPERATIONS = {
     "forward": "forward",
     "backward": "backward",
     "split_backward": "backward",
     "head_backward": "backward",
+    "cluster_backward": "backward",
 }
 """Of a table, what its tiles compute."""
 MODES = {"forward": "fwd", "backward": "bwd"}

@@ -52,8 +52,8 @@ def override_tiles(operation: str, tiles: str) -> Iterator[None]:
 
     Args:
         operation: "forward" or "backward".
-        tiles: A kernel family, "sm80", "sm90" or for the backward "sm90split" or
-            "sm90head", or one and the numbers of a row of its table,
+        tiles: A kernel family, "sm80", "sm90" or for the backward "sm90split",
+            "sm90head" or "sm90cluster", or one and the numbers of a row of its table,
             "sm80:128,64,4,4,2" (csrc/launchers/sm80_tiles.cc, sm90_tiles.cc).
 
     Yields:

@@ -89,17 +89,23 @@ Status check_not_capturing(runtime::CUstream stream) {
       "the program once with XLA_FLAGS=--xla_gpu_enable_command_buffer= and report this.");
 }
 
+runtime::LaunchShape launch_shape(const KernelSpecialization& specialization, std::int64_t ctas,
+                                  bool behind_same_call) {
+  return {static_cast<unsigned>(ctas),
+          1,
+          1,
+          static_cast<unsigned>(specialization.threads),
+          specialization.shared_bytes,
+          specialization.starts_early && behind_same_call,
+          static_cast<unsigned>(specialization.cluster_ctas)};
+}
+
 Status launch(const runtime::Kernel& kernel, const KernelSpecialization& specialization,
               std::int64_t ctas, runtime::CUstream stream, const void* params,
               bool behind_same_call) {
   if (ctas == 0) return Status();
-  const runtime::LaunchShape shape{static_cast<unsigned>(ctas),
-                                   1,
-                                   1,
-                                   static_cast<unsigned>(specialization.threads),
-                                   specialization.shared_bytes,
-                                   specialization.starts_early && behind_same_call};
-  return runtime::launch(kernel, shape, stream, params);
+  return runtime::launch(kernel, launch_shape(specialization, ctas, behind_same_call), stream,
+                         params);
 }
 
 }  // namespace jax_flash_attn::launchers

@@ -33,6 +33,10 @@ runtime::StatusOr<const runtime::Kernel*> load(const KernelSpecialization& kerne
 // recorded: loading a module would end the capture.
 runtime::Status check_not_capturing(runtime::CUstream stream);
 
+// How `ctas` CTAs of a kernel are launched, behind one of the same call or not.
+runtime::LaunchShape launch_shape(const KernelSpecialization& specialization, std::int64_t ctas,
+                                  bool behind_same_call = false);
+
 // Launches `ctas` CTAs of a kernel, or nothing where there are none. A kernel that starts early
 // does so only behind one of the same call: it may write what others in the stream still read.
 runtime::Status launch(const runtime::Kernel& kernel, const KernelSpecialization& specialization,

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <future>
+#include <string>
 #include <vector>
 
 #include "launchers/attention_params.h"
@@ -25,6 +26,7 @@ struct BackwardPlan {
   const runtime::Kernel* main;
   const runtime::Kernel* postprocess;  // likewise
   int multiprocessors;
+  int clusters;  // of the main kernel that run at one time; of kSm90Cluster alone
 };
 
 // Leaked on purpose: other threads may still launch while the process ends.
@@ -33,12 +35,13 @@ PlanTable<BackwardPlan>& plans() {
   return *table;
 }
 
-// On top of what the tables depend on: whether there are heads enough.
+// On top of what the tables depend on: whether there are heads enough, or key tiles.
 StatusOr<PlanKey> key_of(const BackwardCall& call, int device) {
   JFA_ASSIGN_OR_RETURN(const runtime::DeviceInfo* info, runtime::device_info(device));
   PlanKey key = plan_key(call.spec, call.shape, device);
-  key.values.back() =
-      2 * key.values.back() + (sm90::suits_heads(call.shape, info->multiprocessors) ? 1 : 0);
+  for (const bool suits : {sm90::suits_heads(call.shape, info->multiprocessors),
+                           sm90::suits_clusters(call.spec, call.shape, info->multiprocessors)})
+    key.values.back() = 2 * key.values.back() + (suits ? 1 : 0);
   return key;
 }
 
@@ -66,7 +69,18 @@ StatusOr<BackwardPlan> make_plan(const BackwardCall& call) {
     JFA_ASSIGN_OR_RETURN(postprocess, load(*specialization.postprocess, device.ordinal));
   }
   JFA_ASSIGN_OR_RETURN(const runtime::DeviceInfo* info, runtime::device_info(device.ordinal));
-  return BackwardPlan{std::move(specialization), first, main, postprocess, info->multiprocessors};
+  int clusters = 0;
+  if (specialization.family == Family::kSm90Cluster) {
+    JFA_ASSIGN_OR_RETURN(
+        clusters, runtime::max_active_clusters(
+                      *main, launch_shape(specialization.main, specialization.main.cluster_ctas)));
+    if (clusters == 0)
+      return Status::failed_precondition(
+          "This device runs no clusters of " + std::to_string(specialization.main.cluster_ctas) +
+          " CTAs, which the backward of the sm90cluster family is made of.");
+  }
+  return BackwardPlan{std::move(specialization), first,   main, postprocess,
+                      info->multiprocessors,     clusters};
 }
 
 jfa::BackwardParams backward_params(const BackwardCall& call) {
@@ -235,6 +249,30 @@ Status run_split(const BackwardCall& call, const BackwardPlan& plan,
                 &dk_dv, query_tiles > 0);
 }
 
+// The rows of all heads, then everything else by clusters, and the rows again.
+Status run_cluster(const BackwardCall& call, const BackwardPlan& plan,
+                   const jfa::BackwardParams& backward, runtime::CUstream stream) {
+  const AttentionShape& shape = call.shape;
+  const BackwardSpecialization& specialization = plan.specialization;
+  if (shape.batch == 0) return Status();  // there is nothing that a tensor map could describe
+  const std::int64_t query_heads = shape.batch * shape.heads;
+  const std::int64_t first_ctas = backward.padded_rows / jfa::kWorkspaceRowMultiple * query_heads;
+  JFA_RETURN_IF_ERROR(launch(*plan.first, *specialization.first, first_ctas, stream, &backward));
+  jfa::Sm90DealtBackwardParams params{};
+  params.backward = backward;
+  params.tiles = deal_key_tiles(shape, (sm90::kClusterCtas - 1) * specialization.tile_k);
+  if (params.tiles.of_head > 0)
+    JFA_RETURN_IF_ERROR(
+        fill_sm90_params(params, call, specialization.tile_q, specialization.tile_k));
+  const std::int64_t groups = params.tiles.of_head * shape.batch * shape.heads_k;
+  const std::int64_t clusters = std::min<std::int64_t>(groups, plan.clusters);
+  JFA_RETURN_IF_ERROR(launch(*plan.main, specialization.main, clusters * sm90::kClusterCtas, stream,
+                             &params, first_ctas > 0));
+  return launch(*plan.postprocess, *specialization.postprocess,
+                ceil_div(shape.seqlen_q, specialization.tile_q) * query_heads, stream, &backward,
+                first_ctas + clusters > 0);
+}
+
 // Everything at once, a head at a time.
 Status run_head(const BackwardCall& call, const BackwardPlan& plan,
                 const jfa::BackwardParams& backward, runtime::CUstream stream) {
@@ -282,6 +320,8 @@ Status run_backward(const BackwardCall& call, runtime::CUstream stream) {
   const std::int64_t query_heads = call.shape.batch * call.shape.heads;
   if (specialization.family == Family::kSm90Split) return run_split(call, *plan, params, stream);
   if (specialization.family == Family::kSm90Head) return run_head(call, *plan, params, stream);
+  if (specialization.family == Family::kSm90Cluster)
+    return run_cluster(call, *plan, params, stream);
   if (specialization.family == Family::kSm90) return run_fused(call, *plan, params, stream);
   JFA_RETURN_IF_ERROR(launch(*plan->first, *specialization.first,
                              params.padded_rows / jfa::kWorkspaceRowMultiple * query_heads, stream,

@@ -62,6 +62,21 @@ constexpr Row<SplitBackwardTiles> kSplitBackward[] = {
     {kAnyHeadDim, Features::kAny, {64, 64, 2, 2, 128, 32, 1, 3, 3}},
 };
 
+// For long sequences of wide heads.
+//                                              tile_q  tile_k  query, dout stages
+constexpr Row<ClusterBackwardTiles> kClusterBackward[] = {
+    {192, Features::kAny, {64, 64, 3, 3}},
+    {kAnyHeadDim, Features::kAny, {64, 64, 2, 2}},
+};
+constexpr int kClusterTileK = 64;  // of every row
+template <std::size_t kRows>
+constexpr bool key_tiles_are_known(const Row<ClusterBackwardTiles> (&rows)[kRows]) {
+  for (const Row<ClusterBackwardTiles>& row : rows)
+    if (row.tiles.tile_k != kClusterTileK) return false;
+  return true;
+}
+static_assert(key_tiles_are_known(kClusterBackward), "suits_clusters() is asked before");
+
 // For short sequences of many heads.
 //                                        tile_q  tile_k  query, dout stages  head_tiles
 constexpr Row<HeadBackwardTiles> kHeadBackward[] = {
@@ -123,6 +138,18 @@ std::int64_t head_query_tiles(const AttentionShape& shape, int tile_q) {
 // up to that they may take longer because some idle in the last round.
 constexpr double kHeadGain = 1.05;
 
+// From how many queries on clusters are faster than the split form, as measured at head dim 256: by
+// 2 to 3% at 4k and 7 to 13% at 8k and 16k without a mask, by 4 to 7% at 8k and 16k causal. What is
+// fixed of a group of key tiles weighs less, the longer its walk.
+constexpr int kClusterHeadDim = 192;
+constexpr std::int64_t kClusterFull = 4096;
+constexpr std::int64_t kClusterCausal = 8192;
+constexpr double kClusterGain = 1.03;
+// Clusters leave multiprocessors over, and how many run at a time differs from GPU to GPU: on an
+// H200 30. Where there are fewer, the last round of a short call takes longer than is thought here.
+constexpr int kClusters = 30;
+constexpr int kMultiprocessorsForThem = 132;
+
 std::int64_t split_seqlen(const AttentionSpec& spec, std::int64_t head_dim) {
   if (spec.deterministic) {
     if (head_dim <= 64) return kSplitDeterministic;
@@ -142,7 +169,8 @@ constexpr bool limits_are_known(const Row<Tiles> (&rows)[kRows]) {
   return true;
 }
 static_assert(limits_are_known(kForward) && limits_are_known(kBackward) &&
-                  limits_are_known(kSplitBackward) && limits_are_known(kHeadBackward),
+                  limits_are_known(kSplitBackward) && limits_are_known(kHeadBackward) &&
+                  limits_are_known(kClusterBackward),
               "calls of one plan run the same kernels");
 
 }  // namespace
@@ -195,6 +223,55 @@ bool takes_heads(const AttentionSpec& spec, const AttentionShape& shape, const T
          head_backward_tiles(spec, shape, target).ok();
 }
 
+StatusOr<ClusterBackwardTiles> cluster_backward_tiles(const AttentionSpec& spec,
+                                                      const AttentionShape& shape,
+                                                      const Target& target) {
+  return choose(kClusterBackward, spec, shape, target, cluster_backward_shared_bytes);
+}
+
+int cluster_backward_shared_bytes(const ClusterBackwardTiles& tiles, int head_dim) {
+  constexpr int kKeyCtas = kClusterCtas - 1;
+  constexpr int kStages = 2;  // of dscores on their way
+  const int stages = tiles.query_stages + tiles.dout_stages;
+  const int dscores = tiles.tile_q * tiles.tile_k * 2;
+  // Of a key CTA, which exchanges probabilities of one step.
+  constexpr int kPlaces = 2 * 16;
+  const int key_cta = 2 * tile_bytes(tiles.tile_k, head_dim) +
+                      stages * (tile_bytes(tiles.tile_q, head_dim) + tiles.tile_q * 4) +
+                      tiles.tile_q * tiles.tile_k * 4 + kPlaces + 2 * 8 * (stages + 3);
+  const int sent = (key_cta + 1023) / 1024 * 1024 + kStages * dscores;
+  const int query_cta = kKeyCtas * (tile_bytes(tiles.tile_k, head_dim) + kStages * dscores) +
+                        tiles.tile_q * ((head_dim + 15) / 16 * 16) * 4;
+  return std::max(sent, query_cta) + 2 * 8 * (2 * kStages + 1 + kKeyConsumers) + 16;
+}
+
+int cluster_postprocess_shared_bytes(const ClusterBackwardTiles& tiles, int head_dim) {
+  return tile_bytes(tiles.tile_q, head_dim);
+}
+
+std::string describe(const ClusterBackwardTiles& tiles) {
+  return "sm90 cluster, " + std::to_string(tiles.tile_q) + "x" + std::to_string(tiles.tile_k) +
+         ", " + std::to_string(tiles.query_stages) + " + " + std::to_string(tiles.dout_stages) +
+         " stages";
+}
+
+bool suits_clusters(const AttentionSpec& spec, const AttentionShape& shape, int multiprocessors) {
+  if (spec.deterministic || shape.head_dim <= kClusterHeadDim) return false;
+  if (spec.windowed() && !spec.causal()) return false;
+  if (shape.seqlen_q < (spec.causal() ? kClusterCausal : kClusterFull)) return false;
+  const std::int64_t groups =
+      ceil_div(shape.seqlen_k, (kClusterCtas - 1) * kClusterTileK) * shape.batch * shape.heads_k;
+  const std::int64_t clusters = multiprocessors * kClusters / kMultiprocessorsForThem;
+  if (groups == 0 || clusters == 0) return false;
+  const double rounds = static_cast<double>(ceil_div(groups, clusters));
+  return rounds * static_cast<double>(clusters) <= kClusterGain * static_cast<double>(groups);
+}
+
+bool takes_clusters(const AttentionSpec& spec, const AttentionShape& shape, const Target& target) {
+  return suits_clusters(spec, shape, target.multiprocessors) &&
+         cluster_backward_tiles(spec, shape, target).ok();
+}
+
 int head_backward_shared_bytes(const HeadBackwardTiles& tiles, int head_dim) {
   const int stages = tiles.query_stages + tiles.dout_stages;
   constexpr int kKeyTiles = 2 * kKeyConsumers;  // of 64 rows
@@ -232,7 +309,7 @@ int key_gradient_shared_bytes(const SplitBackwardTiles& tiles, int head_dim) {
   constexpr int kPlaces = 2 * 16;
   // The wide kernel exchanges probabilities. It has a ring of k and one of v for two stages of
   // both, and the other one a barrier that lets its producer go on.
-  const int probs_stages = is_wide(tiles) ? 2 : 0;
+  const int probs_stages = is_wide(tiles) ? 1 : 0;
   const int gates = is_wide(tiles) ? 0 : 1;
   const int barriers = 2 * 8 * (stages + 2 + probs_stages + gates);
   return key_stages * 2 * tile_bytes(tiles.tile_k, head_dim) +

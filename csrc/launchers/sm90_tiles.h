@@ -51,6 +51,15 @@ struct HeadBackwardTiles {
   int head_tiles;  // query tiles of a key head, of all query heads that read it, that fit
 };
 
+// Of a backward by clusters of CTAs (sm90/cluster_backward.cuh).
+struct ClusterBackwardTiles {
+  int tile_q;
+  int tile_k;
+  int query_stages;
+  int dout_stages;
+};
+constexpr int kClusterCtas = 4;  // all but one with a key tile
+
 // kUnimplemented where no row serves.
 runtime::StatusOr<ForwardTiles> forward_tiles(const AttentionSpec& spec,
                                               const AttentionShape& shape, const Target& target);
@@ -74,6 +83,12 @@ runtime::Status check_head_fits(int head_tiles, int tile_q, const AttentionShape
 bool suits_heads(const AttentionShape& shape, int multiprocessors);
 // Whether they do.
 bool takes_heads(const AttentionSpec& spec, const AttentionShape& shape, const Target& target);
+
+// Whether a call better runs by clusters, as far as its mask, its shape and the order of additions
+// go: it is long enough, and there are key tiles enough. Of each call, in little time.
+bool suits_clusters(const AttentionSpec& spec, const AttentionShape& shape, int multiprocessors);
+// Whether it does.
+bool takes_clusters(const AttentionSpec& spec, const AttentionShape& shape, const Target& target);
 
 runtime::StatusOr<SplitBackwardTiles> split_backward_tiles(const AttentionSpec& spec,
                                                            const AttentionShape& shape,
@@ -101,6 +116,12 @@ int query_gradient_threads(const SplitBackwardTiles& tiles);
 int key_gradient_shared_bytes(const SplitBackwardTiles& tiles, int head_dim);
 int split_backward_shared_bytes(const SplitBackwardTiles& tiles, int head_dim);
 std::string describe(const SplitBackwardTiles& tiles);
+runtime::StatusOr<ClusterBackwardTiles> cluster_backward_tiles(const AttentionSpec& spec,
+                                                               const AttentionShape& shape,
+                                                               const Target& target);
+int cluster_backward_shared_bytes(const ClusterBackwardTiles& tiles, int head_dim);
+int cluster_postprocess_shared_bytes(const ClusterBackwardTiles& tiles, int head_dim);
+std::string describe(const ClusterBackwardTiles& tiles);
 int head_backward_shared_bytes(const HeadBackwardTiles& tiles, int head_dim);
 std::string describe(const HeadBackwardTiles& tiles);
 

@@ -242,6 +242,7 @@ StatusOr<BackwardSpecialization> sm90_split_backward(const AttentionSpec& spec,
   std::string config = config_of(spec, shape, tiles.tile_q, tiles.tile_k);
   constant(config, "kQueryStages", tiles.query_stages);
   constant(config, "kDoutStages", tiles.dout_stages);
+  constant(config, "kClusterCtas", 1);
   const std::string entry = "flash_key_gradient_sm90";
   const std::string kernel = sm90::is_wide(tiles) ? "wide_key_gradient" : "key_gradient";
   const std::string source = program(
@@ -286,6 +287,49 @@ StatusOr<BackwardSpecialization> sm90_head_backward(const AttentionSpec& spec,
   BackwardSpecialization result = backward_of(Family::kSm90Head, tiles);
   result.main = {{source, kHopper}, entry, sm90::kBackwardThreads, shared_bytes};
   result.head_tiles = tiles.head_tiles;
+  return result;
+}
+
+StatusOr<BackwardSpecialization> sm90_cluster_backward(const AttentionSpec& spec,
+                                                       const AttentionShape& shape,
+                                                       const Target& target,
+                                                       const std::optional<TileOverride>& forced) {
+  const int head_dim = static_cast<int>(shape.head_dim);
+  JFA_ASSIGN_OR_RETURN(const sm90::ClusterBackwardTiles tiles,
+                       chosen_tiles(forced, spec, shape, target, sm90::cluster_backward_tiles,
+                                    sm90::cluster_backward_shared_bytes));
+  if (head_dim <= 128)
+    return Status::unimplemented("The sm90cluster family is for head dims above 128, got " +
+                                 std::to_string(head_dim) + ".");
+  if (spec.deterministic)
+    return Status::unimplemented(
+        "The sm90cluster family adds to dq in any order, not as deterministic=True asks for; "
+        "sm90split has one.");
+  const int shared_bytes = sm90::cluster_backward_shared_bytes(tiles, head_dim);
+  std::string config = config_of(spec, shape, tiles.tile_q, tiles.tile_k);
+  constant(config, "kQueryStages", tiles.query_stages);
+  constant(config, "kDoutStages", tiles.dout_stages);
+  constant(config, "kClusterCtas", sm90::kClusterCtas);
+  const std::string file = "sm90/cluster_backward.cuh";
+  const std::string postprocess_entry = "flash_cluster_backward_postprocess_sm90";
+  const std::string postprocess =
+      program(file, config, sm90::kBackwardPostprocessThreads, 1, postprocess_entry,
+              "BackwardParams", "jfa::sm90::cluster_backward_postprocess<Config>(params, shared)");
+  const std::string entry = "flash_cluster_backward_sm90";
+  const std::string source =
+      program(file, config, sm90::kBackwardThreads, 1, entry, "Sm90DealtBackwardParams",
+              "jfa::sm90::cluster_backward<Config>(params, shared)",
+              needs_shared("sm90::ClusterBackwardShapes", shared_bytes));
+  BackwardSpecialization result = backward_of(Family::kSm90Cluster, tiles);
+  result.first = backward_preprocess(shape, target);
+  result.main = {{source, kHopper},      entry,
+                 sm90::kBackwardThreads, shared_bytes,
+                 /*starts_early=*/true,  sm90::kClusterCtas};
+  result.postprocess = {{postprocess, kHopper},
+                        postprocess_entry,
+                        sm90::kBackwardPostprocessThreads,
+                        sm90::cluster_postprocess_shared_bytes(tiles, head_dim),
+                        /*starts_early=*/true};
   return result;
 }
 
@@ -405,6 +449,8 @@ StatusOr<BackwardSpecialization> specialize_backward(const AttentionSpec& spec,
   JFA_RETURN_IF_ERROR(check_hopper(target));
   if (forced ? forced->family == "sm90head" : sm90::takes_heads(spec, shape, target))
     return sm90_head_backward(spec, shape, target, forced);
+  if (forced ? forced->family == "sm90cluster" : sm90::takes_clusters(spec, shape, target))
+    return sm90_cluster_backward(spec, shape, target, forced);
   const bool split =
       forced ? forced->family == "sm90split" : sm90::splits_backward(spec, shape, target);
   return split ? sm90_split_backward(spec, shape, target, forced)

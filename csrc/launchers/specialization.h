@@ -22,11 +22,12 @@ struct KernelSpecialization {
   int shared_bytes;
   // It may start before the kernel ahead of it has ended, for which it waits by itself.
   bool starts_early = false;
+  int cluster_ctas = 1;  // that work together
 };
 
 // kSm90Split: a backward whose dq has a kernel of its own. kSm90Head: one whose CTAs take whole
-// heads.
-enum class Family { kSm80, kSm90, kSm90Split, kSm90Head };
+// heads. kSm90Cluster: one whose CTAs work together.
+enum class Family { kSm80, kSm90, kSm90Split, kSm90Head, kSm90Cluster };
 
 struct ForwardSpecialization {
   Family family;

@@ -31,6 +31,7 @@ constexpr Overridable kOverridable[] = {
     {"backward", "sm90", kNumbers<sm90::BackwardTiles>},
     {"backward", "sm90split", kNumbers<sm90::SplitBackwardTiles>},
     {"backward", "sm90head", kNumbers<sm90::HeadBackwardTiles>},
+    {"backward", "sm90cluster", kNumbers<sm90::ClusterBackwardTiles>},
 };
 
 struct Overrides {

@@ -11,7 +11,8 @@
 namespace jax_flash_attn::launchers {
 
 struct TileOverride {
-  std::string family;        // "sm80" or "sm90"; of the backward also "sm90split", "sm90head"
+  std::string family;        // "sm80" or "sm90"; of the backward also "sm90split", "sm90head",
+                             // "sm90cluster"
   std::vector<int> numbers;  // of the family's Tiles struct, in order; empty: the table's choice
 
   // Needs: Tiles is the family's, all of whose fields are ints, and numbers are not empty.

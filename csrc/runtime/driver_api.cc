@@ -76,6 +76,7 @@ void fetch_all(FunctionTable& table, DriverApi& api) {
   table.fetch("cuLaunchKernelEx", api.cuLaunchKernelEx);
   table.fetch("cuOccupancyMaxActiveBlocksPerMultiprocessor",
               api.cuOccupancyMaxActiveBlocksPerMultiprocessor);
+  table.fetch("cuOccupancyMaxActiveClusters", api.cuOccupancyMaxActiveClusters);
   table.fetch("cuTensorMapEncodeTiled", api.cuTensorMapEncodeTiled);
   table.fetch("cuMemsetD8Async", api.cuMemsetD8Async);
   table.fetch("cuMemsetD32Async", api.cuMemsetD32Async);

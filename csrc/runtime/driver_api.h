@@ -126,6 +126,8 @@ struct DriverApi {
   CUresult (*cuOccupancyMaxActiveBlocksPerMultiprocessor)(int* num_ctas, CUfunction function,
                                                           int threads_per_cta,
                                                           std::size_t dynamic_shared_bytes);
+  CUresult (*cuOccupancyMaxActiveClusters)(int* num_clusters, CUfunction function,
+                                           const CUlaunchConfig* config);
 
   CUresult (*cuTensorMapEncodeTiled)(CUtensorMap* map, CUtensorMapDataType type, std::uint32_t rank,
                                      void* address, const std::uint64_t* dims,

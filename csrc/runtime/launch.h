@@ -24,4 +24,9 @@ struct LaunchShape {
 // captured. The stream must belong to the context that is current and the kernel to its device.
 Status launch(const Kernel& kernel, const LaunchShape& shape, CUstream stream, const void* params);
 
+// How many clusters of that shape run at one time on the kernel's device, if nothing else does. A
+// cluster lies on neighbouring multiprocessors, of which some are left over, and how many differs
+// from one GPU to the next. Needs: a context of the device that is current.
+StatusOr<int> max_active_clusters(const Kernel& kernel, const LaunchShape& shape);
+
 }  // namespace jax_flash_attn::runtime

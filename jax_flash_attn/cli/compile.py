@@ -27,6 +27,8 @@ from jax_flash_attn import _ffi, _spec, _support
 from jax_flash_attn.cli import progress
 
 _WINDOW = 1024
+_LONG = 1 << 16
+"""Queries of a call that is longer than all that tiles tell apart."""
 _FEATURES: dict[str, dict[str, Any]] = {
     "causal": {"window_right": 0},
     "window": {"window_left": _WINDOW, "window_right": _WINDOW},
@@ -206,7 +208,7 @@ def _jobs(options: argparse.Namespace) -> Iterator[Job]:
         # Choosing tiles is quick and finds what no kernel can do.
         by_tiles = {
             _ffi.native.tiles(*target, **sizes): sizes
-            for seqlen in (*limits, limits[-1] + 1)
+            for seqlen in (*limits, limits[-1] + 1, _LONG)
             for sizes in ({"seqlen_q": seqlen}, _of_many_heads(seqlen))
         }
         for sizes in by_tiles.values():

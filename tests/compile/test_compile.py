@@ -109,6 +109,8 @@ COVERING = list(
             *asked_for("backward", "sm90split", [192, 256], _DEMANDING[:2]),
             *asked_for("backward", "sm90head", [8, 40, 64], ["plain", _DEMANDING[1]]),
             *asked_for("backward", "sm90head", [64], ["causal", "alibi", "dropout"]),
+            *asked_for("backward", "sm90cluster", [136, 192, 256], _DEMANDING[:2]),
+            *asked_for("backward", "sm90cluster", [192, 256], ["plain", "causal"]),
             *cells(["sm_80", "sm_86"], EDGES, ["plain", "everything"], ["float16"]),
             *cells(["sm_90"], [8, 40, 96, 160, 224], ["everything"], ["float16"]),
             *short([8, 48, 64, 200, 256], ["causal", *_DEMANDING]),

@@ -33,7 +33,7 @@ def test_gradients(case, kernel_results, expected):
 
 
 def _family_params():
-    families = ("sm80", "sm90", "sm90split", "sm90head")
+    families = ("sm80", "sm90", "sm90split", "sm90head", "sm90cluster")
     for family in filter(devices.has_family, families):
         for param in kernel_cases.PARAMS:
             (case,) = param.values

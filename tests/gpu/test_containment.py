@@ -17,7 +17,11 @@ pytestmark = pytest.mark.gpu
 CASE = containment.CASES[0]
 """Rows without keys, tiles cut on both sides, a head dim padded in the kernel."""
 
-FAMILIES = tuple(filter(devices.has_family, ("sm80", "sm90", "sm90split", "sm90head")))
+FAMILIES = tuple(
+    filter(devices.has_family, ("sm80", "sm90", "sm90split", "sm90head", "sm90cluster"))
+)
+HEAD_DIMS = {"sm90cluster": 136}
+"""Of families that do not have the cases' own."""
 
 OPERANDS = ("q", "k", "v", "dout", "dlse")
 
@@ -29,7 +33,8 @@ OPERANDS = ("q", "k", "v", "dout", "dlse")
 def run_case(request):
     """Of a case, its run with a family's backward."""
     family = request.param
-    deterministic = family != "sm90"  # two key tiles add to equal sums in any order
+    # Two key tiles add to equal sums in any order.
+    deterministic = family not in ("sm90", "sm90cluster")
 
     @functools.cache
     def of_case(case):
@@ -60,7 +65,8 @@ def _row_params():
     for family, param in itertools.product(FAMILIES, containment.PARAMS):
         case, *where = param.values
         if not kernel_cases.serves_backward(family, case):
-            case = dataclasses.replace(case, softcap=0.0, head_dim=64)
+            head_dim = HEAD_DIMS.get(family, 64)
+            case = dataclasses.replace(case, softcap=0.0, head_dim=head_dim)
         yield pytest.param(family, case, *where, id=f"{family}-{param.id}")
 
 

@@ -136,6 +136,12 @@ def main() -> int:
             for case in (*CASES, *WHOLE_HEADS):
                 if kernel_cases.fits_head(case):
                     right.append(check(f"{case.name}_head", case))
+        with testing.override_tiles("backward", "sm90cluster"):
+            for case in CASES:
+                for head_dim in (136, 256):
+                    name = f"{case.name}_{head_dim}_cluster"
+                    wide = dataclasses.replace(case, head_dim=head_dim)
+                    right.append(check(name, wide))
     for row in tile_table.rows():
         if not devices.has_family(row.family):
             continue

@@ -75,6 +75,8 @@ def serves_backward(family, case):
     )
     if family == "sm90head":
         return fits_head(case)
+    if family == "sm90cluster":
+        return case.head_dim > 128
     return family != "sm90" or fits_fused
 
 

@@ -10,6 +10,7 @@ _ARRAYS = {
     "kBackward": ("backward", ""),
     "kSplitBackward": ("backward", "split"),
     "kHeadBackward": ("backward", "head"),
+    "kClusterBackward": ("backward", "cluster"),
 }
 """The operation of a table, and what follows its family's name in an override."""
 _ARRAY = re.compile(r"constexpr Row\S* (\w+)\[\] = \{(.*?)\n\};", re.DOTALL)
@@ -50,6 +51,8 @@ class Row:
             return f"sm90 split, dk and dv {tiles}", dq_tiles
         if self.family == "sm90head":
             return (f"sm90 head, {tiles}", f"{self.numbers[4]} query tiles")
+        if self.family == "sm90cluster":
+            return (f"sm90 cluster, {tiles}",)
         return (f"{self.family} {tiles}",)
 
     @property

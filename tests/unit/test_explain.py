@@ -105,6 +105,51 @@ def test_when_ctas_take_whole_heads(operands, options, takes_heads):
     assert ("head" in found.backward) == takes_heads
 
 
+def long_heads(batch=1, seqlen_q=16384, seqlen_k=16384, heads=8, head_dim=256):
+    q = jax.ShapeDtypeStruct((batch, seqlen_q, heads, head_dim), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((batch, seqlen_k, heads, head_dim), jnp.bfloat16)
+    return q, k, k
+
+
+@pytest.mark.parametrize(
+    ("operands", "options", "takes_clusters"),
+    [
+        (long_heads(), {}, True),
+        (long_heads(head_dim=200), {"dropout_rng": jax.random.key(0)}, True),
+        (long_heads(head_dim=192), {}, False),
+        (long_heads(), {"deterministic": True}, False),
+        (long_heads(), {"causal": True}, True),
+        (long_heads(), {"window_size": (9000, 0)}, False),
+        (long_heads(4, 4096, 4096), {}, True),
+        (long_heads(4, 4095, 4096), {}, False),
+        (long_heads(4, 8192, 4096), {"causal": True}, True),
+        (long_heads(4, 8191, 4096), {"causal": True}, False),
+        (long_heads(1, 4096, 192, heads=30), {}, True),
+        (long_heads(1, 4096, 192, heads=31), {}, False),  # 29 of 30 clusters would idle
+    ],
+)
+def test_when_ctas_work_together(operands, options, takes_clusters):
+    options = {"dropout_p": 0.1 if "dropout_rng" in options else 0.0, **options}
+    found = explain(*operands, architecture="sm_90", **options)
+    family = "sm90 cluster" if takes_clusters else "sm90 split"
+    assert found.backward.startswith(family)
+
+
+@pytest.mark.parametrize(
+    ("operands", "options", "match"),
+    [
+        (long_heads(head_dim=128), {}, "above 128, got 128"),
+        (long_heads(), {"deterministic": True}, "any order"),
+    ],
+)
+def test_what_clusters_do_not_compute_is_an_error(operands, options, match):
+    with (
+        testing.override_tiles("backward", "sm90cluster"),
+        pytest.raises(NotImplementedError, match=match),
+    ):
+        explain(*operands, architecture="sm_90", **options)
+
+
 def test_a_head_that_does_not_fit_is_an_error_with_the_numbers():
     with (
         testing.override_tiles("backward", "sm90head"),

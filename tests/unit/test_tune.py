@@ -12,8 +12,8 @@ ROWS = [row for row in tile_table.rows() if row.family != "sm80"]
 
 def table_of(row):
     """What the tuner calls the table of a row."""
-    tables = {"sm90split": "split_backward", "sm90head": "head_backward"}
-    return tables.get(row.family, row.operation)
+    part = row.family.removeprefix("sm90")
+    return f"{part}_{row.operation}" if part else row.operation
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
@@ -29,6 +29,7 @@ def test_candidates_hold_every_row_of_the_table(row):
         *itertools.product(["forward", "backward", "split_backward"], [64, 96, 128]),
         *itertools.product(["forward", "split_backward"], [192, 256]),
         ("head_backward", 64),
+        ("cluster_backward", 192),
     ],
 )
 def test_candidates_are_few_enough_to_try(operation, head_dim):

@@ -21,7 +21,9 @@ namespace jfa::attention {
 // kOfKeys: tiles are of keys and their heads. Under a causal mask the first one of a head is then
 // the longest, where it is the last of the queries'. Heads come from the last to the first: what
 // the kernel before read last, L2 still has.
-template <class Config, bool kOfKeys = false>
+//
+// kClusterCtas: of CTAs that compute a tile together, as one.
+template <class Config, bool kOfKeys = false, int kClusterCtas = 1>
 struct TileOrder {
   const AttentionParams& params;
   const DealtTiles& tiles;
@@ -66,6 +68,9 @@ struct TileOrder {
     return kOfKeys ? params.heads_k : params.heads;
   }
 
+  static __device__ __forceinline__ int dealt_ctas() {
+    return static_cast<int>(gridDim.x) / kClusterCtas;
+  }
   // Heads of the whole batch.
   __device__ __forceinline__ int heads() const { return params.batch * heads_of_batch(); }
 
@@ -74,8 +79,8 @@ struct TileOrder {
   }
 
   __device__ __forceinline__ int index() const {
-    const int ctas = gridDim.x;
-    int cta = ptx::reread_cta();
+    const int ctas = dealt_ctas();
+    int cta = ptx::reread_cta() / kClusterCtas;
     if constexpr (Config::kWindowed) {
       cta += first_cta;
       if (cta >= ctas) cta -= ctas;
@@ -85,12 +90,12 @@ struct TileOrder {
   }
 
   __device__ __forceinline__ void next_round() {
-    start += gridDim.x;
+    start += dealt_ctas();
     if constexpr (Config::kWindowed) {
       reversed = !reversed;
       const int size = section_size() * tiles.of_head;
       if (start >= size) {
-        first_cta = (first_cta + (start - size)) % static_cast<int>(gridDim.x);
+        first_cta = (first_cta + (start - size)) % dealt_ctas();
         start = 0;
         first_head += tiles.section_heads;
       }

@@ -1,6 +1,7 @@
-// First of the three kernels of a fused backward. It leaves what the main kernel starts from, zeros
-// for the sums of dq and the statistics of the query rows (attention/row_statistics.cuh), for all
-// heads or for the first ones, and zeros for the marks, counters and turns of all.
+// First of the three kernels of a backward that sums dq in memory. It leaves what the main kernel
+// starts from, zeros for the sums of dq and the statistics of the query rows
+// (attention/row_statistics.cuh), for all heads or for the first ones, and zeros for the marks,
+// counters and turns of all.
 //
 // One CTA serves kPreprocessRows rows of one head.
 #pragma once

@@ -10,7 +10,8 @@
 // the other through shared memory in any order, in fp32. The consumer of probs runs ahead, without
 // a mask into the next key tile too.
 //
-// Two threads (producers) keep the copy engine busy.
+// Two threads (producers) keep the copy engine busy. In a cluster the consumer of dscores also
+// sends them to the CTA that computes dq (sm90/cluster_backward.cuh).
 //
 //   ring    stages        filled with                released
 //   keys    1             k of a key tile, and its   by all threads of the consumer of probs, after
@@ -21,7 +22,7 @@
 //                                                    scores and after dk
 //   dout    kDoutStages   dout and delta             by all threads of both consumers, after dv
 //                                                    and after dprobs
-//   probs   2             probabilities, by all      by all threads of the consumer of dscores
+//   probs   1             probabilities, by all      by all threads of the consumer of dscores
 //                         threads of their consumer
 //
 //   barrier  threads               what it orders
@@ -29,6 +30,7 @@
 #pragma once
 
 #include <attention/tile_order.cuh>
+#include <ptx/cluster.cuh>
 #include <sm90/backward_steps.cuh>
 #include <sm90/tile_places.cuh>
 
@@ -37,7 +39,9 @@ namespace jfa::sm90 {
 template <class Config>
 struct WideKeyGradientShapes {
   static_assert(Config::kTileQ == 64 && Config::kTileK == 64, "scores are one product");
-  static constexpr int kProbsStages = 2;
+  static_assert(Config::kQueryStages + Config::kDoutStages > 2,
+                "each consumer would wait for the other to let go of the next step's stage");
+  static constexpr int kProbsStages = 1;  // a second one is 1 to 2% slower (docs/tuning.md)
   static constexpr int kEndBarrier = 1;
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
   static constexpr int kQuerySteps = Config::kTileQ / 16;
@@ -104,6 +108,26 @@ struct WideKeyGradientStages : BackwardStages<WideKeyGradientShapes<Config>> {
   }
 };
 
+// The walk of a key tile. In a cluster (sm90/cluster_backward.cuh) a tile may be none.
+template <class Config>
+struct WideKeyWalk : BackwardWalk<Config, false> {
+  __device__ __forceinline__ WideKeyWalk(const AttentionParams& attention,
+                                         const attention::TilePlace& place)
+      : BackwardWalk<Config, false>(attention, place) {
+    if constexpr (Config::kClusterCtas > 1)
+      if (this->first_key >= attention.seqlen_k) this->query_tiles = {0, 0};
+  }
+};
+
+// What a kernel does with dscores besides: nothing.
+struct DscoresAlone {
+  template <class Walk>
+  __device__ __forceinline__ void begin(const Walk&) {}
+  template <class Dscores, class Step>
+  __device__ __forceinline__ void share(const Dscores&, const Step&) {}
+  __device__ __forceinline__ void finish() {}
+};
+
 // Fetches what scores are made of, k and q, for the consumer of probs to begin with, or, for that
 // of dscores, what dprobs are made of, v and dout. A thread does each: a stage of dout is free
 // before the stage of q that one thread would wait for first. Threads: one.
@@ -114,7 +138,7 @@ __device__ __forceinline__ void produce_wide_key_gradient(
   using Shapes = WideKeyGradientShapes<Config>;
   using Place = attention::TilePlace;
   using KeyTile = typename Shapes::KeyTile;
-  using Walk = BackwardWalk<Config, false>;
+  using Walk = WideKeyWalk<Config>;
   const BackwardParams& backward = params.backward;
   const AttentionParams& attention = backward.attention;
   const BackwardStages<Shapes>& queries = stages;
@@ -138,10 +162,13 @@ __device__ __forceinline__ void produce_wide_key_gradient(
   };
   // load(batch, map_batch, step) fetches a query tile of q or dout.
   const auto produce = [&](int map_batches, auto load) {
-    attention::TileOrder<Config, /*kOfKeys=*/true> order(attention, params.tiles);
+    attention::TileOrder<Config, /*kOfKeys=*/true, Config::kClusterCtas> order(attention,
+                                                                               params.tiles);
 #pragma unroll 1
     for (; order.valid(); order.advance()) {
-      const Place place = order.place();
+      Place place = order.place();
+      if constexpr (Config::kClusterCtas > 1)
+        place.tile = place.tile * (Config::kClusterCtas - 1) + ptx::cluster_rank();
       const Walk walk(attention, place);
       const int map_batch = attention::own_batch(place.batch, map_batches);
       load_keys(place);
@@ -155,6 +182,7 @@ __device__ __forceinline__ void produce_wide_key_gradient(
     load_keys({kNoTile, 0, 0});
   };
   ptx::await_previous_grid();  // of the statistics
+  ptx::fence_async_proxy_global();
   if (consumer == 0) {
     typename Shapes::QueryPosition at;
     produce(attention.q.batches, [&](int batch, int map_batch, const typename Walk::Step& step) {
@@ -173,7 +201,7 @@ template <class Config>
 struct WideKeyConsumer {
   using Shapes = WideKeyGradientShapes<Config>;
   using Element = typename Config::Element;
-  using Walk = BackwardWalk<Config, false>;
+  using Walk = WideKeyWalk<Config>;
   using Step = typename Walk::Step;
 
   const Sm90DealtBackwardParams& params;
@@ -211,6 +239,12 @@ struct WideKeyConsumer {
                                      probs_at.stage() *
                                          Shapes::kProbsBytes)[n * 128 + threadIdx.x % 128];
   }
+  // For descriptors. Worked out anew at every use, or else the compiler keeps what follows in
+  // registers.
+  __device__ __forceinline__ unsigned base(int offset) const {
+    const unsigned shared = ptx::opaque(stages.shared);
+    return (Config::kClusterCtas > 1 ? ptx::shared_offset(shared) : shared) + offset;
+  }
   __device__ __forceinline__ unsigned query() const {
     return query_at.stage() * Shapes::QueryTile::kBytes;
   }
@@ -222,22 +256,20 @@ struct WideKeyConsumer {
 // dv of a key tile. Threads: a whole warpgroup.
 template <class Config>
 __device__ __forceinline__ void consume_probs(
-    WideKeyConsumer<Config>& self, const BackwardWalk<Config, false>& walk,
+    WideKeyConsumer<Config>& self, const WideKeyWalk<Config>& walk,
     typename WideKeyGradientShapes<Config>::Gradient& dv) {
   using Shapes = WideKeyGradientShapes<Config>;
   using Element = typename Config::Element;
   using QueryTile = typename Shapes::QueryTile;
   using KeyTile = typename Shapes::KeyTile;
   const auto& stages = self.stages;
-  // Worked out anew at every use, or else the compiler keeps what follows in registers.
-  const auto base = [&](int offset) { return ptx::opaque(stages.shared) + offset; };
 
   typename Shapes::Scores scores;
   const auto start_scores = [&] {
     stages.query.wait_full(self.query_at);
     tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
-        scores, tile::RowDescriptor<KeyTile>(base(Shapes::kKeyOffset), 0), 0,
-        tile::RowDescriptor<QueryTile>(base(Shapes::kQueryOffset), 0), self.query());
+        scores, tile::RowDescriptor<KeyTile>(self.base(Shapes::kKeyOffset), 0), 0,
+        tile::RowDescriptor<QueryTile>(self.base(Shapes::kQueryOffset), 0), self.query());
   };
   int remaining = walk.steps();
   if (remaining == 0) {
@@ -269,7 +301,7 @@ __device__ __forceinline__ void consume_probs(
     round_probs<Config>(scores, dropout, rounded_probs);
     stages.dout.wait_full(self.dout_at);
     tile::start_register_product<Element>(
-        dv, rounded_probs, tile::ColumnDescriptor<QueryTile>(base(Shapes::kDoutOffset)),
+        dv, rounded_probs, tile::ColumnDescriptor<QueryTile>(self.base(Shapes::kDoutOffset)),
         self.dout());
     if (--remaining == 0) break;
     walk.advance(step);
@@ -284,23 +316,22 @@ __device__ __forceinline__ void consume_probs(
 }
 
 // dk of a key tile. Threads: a whole warpgroup.
-template <class Config>
+template <class Config, class Sharing>
 __device__ __forceinline__ void consume_dscores(
-    WideKeyConsumer<Config>& self, const BackwardWalk<Config, false>& walk,
+    WideKeyConsumer<Config>& self, const WideKeyWalk<Config>& walk, Sharing& sharing,
     typename WideKeyGradientShapes<Config>::Gradient& dk) {
   using Shapes = WideKeyGradientShapes<Config>;
   using Element = typename Config::Element;
   using QueryTile = typename Shapes::QueryTile;
   using KeyTile = typename Shapes::KeyTile;
   const auto& stages = self.stages;
-  const auto base = [&](int offset) { return ptx::opaque(stages.shared) + offset; };
 
   typename Shapes::Scores dprobs;
   const auto start_dprobs = [&] {
     stages.dout.wait_full(self.dout_at);
     tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
-        dprobs, tile::RowDescriptor<KeyTile>(base(Shapes::kValueOffset), 0), 0,
-        tile::RowDescriptor<QueryTile>(base(Shapes::kDoutOffset), 0), self.dout());
+        dprobs, tile::RowDescriptor<KeyTile>(self.base(Shapes::kValueOffset), 0), 0,
+        tile::RowDescriptor<QueryTile>(self.base(Shapes::kDoutOffset), 0), self.dout());
   };
   int remaining = walk.steps();
   if (remaining == 0) {
@@ -308,6 +339,7 @@ __device__ __forceinline__ void consume_dscores(
     return;
   }
   typename WideKeyConsumer<Config>::Step step = walk.first();
+  typename Shapes::Operand rounded_dscores;
   start_dprobs();
 #pragma unroll 1
   while (true) {
@@ -331,28 +363,29 @@ __device__ __forceinline__ void consume_dscores(
     self.probs_at.advance();
     stages.dout.release(self.dout_at.stage());
     self.dout_at.advance();
-    typename Shapes::Operand rounded_dscores;
     rounded_dscores.template pack<Element>(dprobs);
     tile::start_register_product<Element>(
-        dk, rounded_dscores, tile::ColumnDescriptor<QueryTile>(base(Shapes::kQueryOffset)),
+        dk, rounded_dscores, tile::ColumnDescriptor<QueryTile>(self.base(Shapes::kQueryOffset)),
         self.query());
     if (--remaining == 0) break;
-    walk.advance(step);
     start_dprobs();
     ptx::wgmma_wait<1>();  // dk
     stages.query.release(self.query_at.stage());
     self.query_at.advance();
+    sharing.share(rounded_dscores, step);  // beside dprobs
+    walk.advance(step);
   }
   ptx::wgmma_wait<0>();
   stages.query.release(self.query_at.stage());
   self.query_at.advance();
+  sharing.share(rounded_dscores, step);
 }
 
 // Computes dv, or dk, of every key tile of this CTA. Threads: a whole warpgroup.
-template <class Config>
+template <class Config, class Sharing>
 __device__ __forceinline__ void consume_wide_key_gradient(
     const Sm90DealtBackwardParams& params, const WideKeyGradientStages<Config>& stages,
-    int consumer) {
+    int consumer, Sharing sharing) {
   const BackwardParams& backward = params.backward;
   const AttentionParams& attention = backward.attention;
   WideKeyConsumer<Config> self(params, stages);
@@ -366,12 +399,15 @@ __device__ __forceinline__ void consume_wide_key_gradient(
     self.keys_at.advance();
     const attention::TilePlace place = stages.places.get(consumer);
     if (place.tile == kNoTile) break;
-    const BackwardWalk<Config, false> walk(attention, place);
+    const WideKeyWalk<Config> walk(attention, place);
     gradient.clear();
-    if (consumer == 0)
+    if (consumer == 0) {
       consume_probs<Config>(self, walk, gradient);
-    else
-      consume_dscores<Config>(self, walk, gradient);
+    } else {
+      sharing.begin(walk);
+      consume_dscores<Config>(self, walk, sharing, gradient);
+      sharing.finish();
+    }
     const bool finite = gradient.is_finite();
     gradient.scale(consumer == 1      ? attention.softmax_scale
                    : Config::kDropout ? attention.dropout_scale
@@ -406,7 +442,7 @@ __device__ __forceinline__ void wide_key_gradient(const Sm90DealtBackwardParams&
       produce_wide_key_gradient<Config>(params, stages, warp);
   } else {
     ptx::claim_registers<kBackwardConsumerRegisters>();
-    consume_wide_key_gradient<Config>(params, stages, warpgroup - 1);
+    consume_wide_key_gradient<Config>(params, stages, warpgroup - 1, DscoresAlone());
   }
 }
 
