@@ -134,6 +134,14 @@ std::int64_t head_query_tiles(const AttentionShape& shape, int tile_q) {
   return shape.heads / std::max<std::int64_t>(1, shape.heads_k) * ceil_div(shape.seqlen_q, tile_q);
 }
 
+// Whether units of work, one at a time for each of `workers`, leave so few of them idle in the last
+// round that it takes at most `gain` times as long as if none were.
+bool fills(std::int64_t units, std::int64_t workers, double gain) {
+  if (units == 0 || workers == 0) return false;
+  const double rounds = static_cast<double>(ceil_div(units, workers));
+  return rounds * static_cast<double>(workers) <= gain * static_cast<double>(units);
+}
+
 // By how much CTAs that take whole heads are faster than the split form, or more (docs/tuning.md):
 // up to that they may take longer because some idle in the last round.
 constexpr double kHeadGain = 1.05;
@@ -210,10 +218,8 @@ Status check_head_fits(int head_tiles, int tile_q, const AttentionShape& shape) 
 }
 
 bool suits_heads(const AttentionShape& shape, int multiprocessors) {
-  const std::int64_t heads = shape.batch * shape.heads_k;
-  const double rounds = static_cast<double>(ceil_div(heads, multiprocessors));
-  return heads > 0 && shape.seqlen_k > 0 && head_query_tiles(shape, kHeadTileQ) <= kHeadTiles &&
-         rounds * multiprocessors <= kHeadGain * static_cast<double>(heads);
+  return shape.seqlen_k > 0 && head_query_tiles(shape, kHeadTileQ) <= kHeadTiles &&
+         fills(shape.batch * shape.heads_k, multiprocessors, kHeadGain);
 }
 
 bool takes_heads(const AttentionSpec& spec, const AttentionShape& shape, const Target& target) {
@@ -261,10 +267,7 @@ bool suits_clusters(const AttentionSpec& spec, const AttentionShape& shape, int 
   if (shape.seqlen_q < (spec.causal() ? kClusterCausal : kClusterFull)) return false;
   const std::int64_t groups =
       ceil_div(shape.seqlen_k, (kClusterCtas - 1) * kClusterTileK) * shape.batch * shape.heads_k;
-  const std::int64_t clusters = multiprocessors * kClusters / kMultiprocessorsForThem;
-  if (groups == 0 || clusters == 0) return false;
-  const double rounds = static_cast<double>(ceil_div(groups, clusters));
-  return rounds * static_cast<double>(clusters) <= kClusterGain * static_cast<double>(groups);
+  return fills(groups, multiprocessors * kClusters / kMultiprocessorsForThem, kClusterGain);
 }
 
 bool takes_clusters(const AttentionSpec& spec, const AttentionShape& shape, const Target& target) {

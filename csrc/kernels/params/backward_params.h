@@ -78,7 +78,7 @@ struct Sm90HeadBackwardParams : Sm90BackwardParams {
 struct Sm90DealtBackwardParams : Sm90BackwardParams {
   DealtTiles tiles;
   // Of each of the CTAs that compute dq: how many of its warps have worked out all their
-  // statistics, for which dk and dv then wait, not for dq. Null where there is no room.
+  // statistics, for which dk and dv then wait, not for dq. Null where they wait for the kernel.
   int* statistics_done;
   int statistics_ctas;
 };

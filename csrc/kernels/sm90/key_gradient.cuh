@@ -14,6 +14,11 @@
 //                         and its place
 //   query   kQueryStages  q and lse of a query tile  by each consumer's threads, after dk
 //   dout    kDoutStages   dout and delta             by each consumer's threads, after dv
+//   gate    1             nothing, once: all lse     never
+//                         and delta are there
+//
+// The gate is opened by a warp of its own, which waits for the kernel of dq to have worked them out
+// (sm90/query_statistics.cuh), not to have ended.
 //
 //   barrier  threads               what it orders
 //   1, 2     both consumers (256)  the turns of consumer 0 and of consumer 1

@@ -79,9 +79,8 @@ __device__ __forceinline__ void make_statistics(const BackwardParams& backward, 
   }
 }
 
-// Lets the kernel of dk and dv start, which takes a multiprocessor when its CTA of dq has ended,
-// and reads what others have left of statistics meanwhile. Threads: all of a CTA of dq, at its
-// start, before a CTA barrier.
+// Lets the kernel of dk and dv start: a CTA of it takes a multiprocessor when the CTA of dq there
+// has ended, though others go on. Threads: all of a CTA of dq, at its start, before a CTA barrier.
 __device__ __forceinline__ void start_key_gradient(const Sm90DealtBackwardParams& params) {
   // Cleared before the next kernel starts, by the CTA that adds to it.
   if (params.statistics_done != nullptr) {
@@ -100,12 +99,12 @@ __device__ __forceinline__ void tell_statistics(const Sm90DealtBackwardParams& p
   if (ptx::elect_lane()) ptx::add_release(params.statistics_done + ptx::reread_cta(), 1);
 }
 
-// By which a warp of the kernel of dk and dv lets its producers go on: they have no registers to
-// wait for many CTAs themselves.
+// By which a warp of the kernel of dk and dv lets its producer go on, which has no registers to
+// wait for many CTAs itself.
 struct StatisticsGate {
   using Ring = tile::Ring<1>;
   using Position = tile::RingPosition<1>;
-  static constexpr int kWarp = 3;  // beside the producers
+  static constexpr int kWarp = 3;  // beside the producer's
   Ring ring;
 
   // Threads: one, before a CTA barrier.
@@ -126,7 +125,7 @@ struct StatisticsGate {
     ptx::await_previous_grid();
   }
 
-  // Threads: one of each producer.
+  // Threads: the producer.
   __device__ __forceinline__ void await() const { ring.wait_full(Position{0}); }
 };
 
