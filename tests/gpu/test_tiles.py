@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
 import pytest
 
 import jax_flash_attn
@@ -87,6 +88,39 @@ def test_fused_backward_with_other_stages(tiles, case, expected):
     with testing.override_tiles("backward", tiles):
         results = jax.block_until_ready(run(inputs.make(case)))
     oracle.check(results, expected[case])
+
+
+@pytest.mark.parametrize(
+    ("seqlens", "batch", "mask"),
+    [
+        ((448, 448), 8, {"causal": True}),
+        ((900, 300), 4, {"causal": True}),  # with tiles of rows that see no key
+        ((700, 700), 4, {"window_size": (300, 130)}),  # some tiles hide nothing
+    ],
+    ids=["causal", "rows_without_keys", "window"],
+)
+def test_consumers_a_step_ahead(seqlens, batch, mask, expected):
+    """Each CTA has several tiles of which one consumer skips a step."""
+    devices.require_family("sm90")
+    case = dataclasses.replace(
+        cases.BY_NAME["plain"],
+        name=f"step_ahead_{'_'.join(mask)}_{seqlens[0]}",
+        batch=batch,
+        seqlen_q=seqlens[0],
+        seqlen_k=seqlens[1],
+        heads=16,
+        heads_k=8,
+        head_dim=128,
+        **mask,
+    )
+    arrays = inputs.make(case)
+    run = program(case, deterministic=True)
+    with testing.override_tiles("backward", "sm90split"):
+        first = jax.block_until_ready(run(arrays))
+        for _ in range(50):
+            again = jax.block_until_ready(run(arrays))
+            jax.tree.map(np.testing.assert_array_equal, first, again)
+    oracle.check(first, expected[case])
 
 
 @pytest.mark.parametrize("heads_k", [1, 4])

@@ -17,6 +17,10 @@
 //   gate    1             nothing, once: all lse     never
 //                         and delta are there
 //
+// Under a mask the first query tile of a walk may see nothing of a tile's second half: whoever owns
+// that half skips the step. The other consumer owns it the next time, so that neither is more than
+// one step ahead, for which there are stages.
+//
 // The gate is opened by a warp of its own, which waits for the kernel of dq to have worked them out
 // (sm90/query_statistics.cuh), not to have ended.
 //
@@ -35,12 +39,57 @@
 
 namespace jfa::sm90 {
 
+// Which half of a key tile a consumer owns.
+template <bool kSkipsHidden>
+struct OwnedHalf {
+  int first_row;
+  int row;  // of the warp
+
+  __device__ __forceinline__ OwnedHalf(int consumer, int warp)
+      : first_row(consumer * 64), row(first_row + warp * 16) {}
+
+  __device__ __forceinline__ int first() const { return first_row; }
+  __device__ __forceinline__ int warp_row() const { return row; }
+  __device__ __forceinline__ int warp_row_before() const { return row; }  // in the tile before
+  static __device__ constexpr bool skips_first() { return false; }
+  __device__ __forceinline__ void advance() {}
+};
+
+// Where the second half may skip the first step of a walk. In one register: there is none to spare.
+template <>
+struct OwnedHalf<true> {
+  static constexpr int kRows = 127;     // the warp's first row in the tile
+  static constexpr int kSkips = 128;    // whether the second half skips the step
+  static constexpr int kSwapped = 256;  // whether consumers have swapped halves for this tile
+  int state;
+
+  __device__ __forceinline__ OwnedHalf(int consumer, int warp) : state(consumer * 64 + warp * 16) {}
+
+  __device__ __forceinline__ int first() const { return state & 64; }
+  __device__ __forceinline__ int warp_row() const { return state & kRows; }
+  __device__ __forceinline__ int warp_row_before() const {
+    return warp_row() ^ (state & kSwapped) / (kSwapped / 64);
+  }
+  __device__ __forceinline__ bool skips_first() const {
+    return (state & (kSkips | 64)) == (kSkips | 64);
+  }
+  __device__ __forceinline__ void skip_hidden() { state |= kSkips; }
+  // Goes to the next tile. Who has skipped a step is one ahead, and has the first half there.
+  __device__ __forceinline__ void advance() {
+    const int swaps = state & kSkips;
+    state = (warp_row() ^ swaps / (kSkips / 64)) | swaps * (kSwapped / kSkips);
+  }
+};
+
 template <class Config>
 struct KeyGradientShapes {
   static_assert(Config::kTileK == 64 * kBackwardConsumers, "a consumer owns 64 keys");
   static_assert(Config::kQueryStages > 1 && Config::kDoutStages > 1,
                 "the next key tile's first stage is filled beside the last of this one");
   static constexpr int kTurnBarrier = 1;  // and 2
+  // Who is a step ahead starts the step after the next.
+  static constexpr bool kSkipsHidden =
+      Config::kWindowed && Config::kQueryStages > 2 && Config::kDoutStages > 2;
   static constexpr int kKeyStages = 2;
   static constexpr int kPlaces = kKeyStages;  // a place is read before its stage is released
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
@@ -147,9 +196,9 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
   const BackwardParams& backward = params.backward;
   const AttentionParams& attention = backward.attention;
 
-  const int first_row = consumer * 64;
   const int warp = ptx::uniform(static_cast<int>(threadIdx.x) % 128 / 32);
-  const int warp_row = first_row + warp * 16;
+  // Of the key tile that products have been started of.
+  OwnedHalf<Shapes::kSkipsHidden> half(consumer, warp);
 
   typename Shapes::Gradient dk;
   typename Shapes::Gradient dv;
@@ -169,14 +218,15 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
   const auto base = [&](int offset) { return ptx::opaque(stages.shared) + offset; };
   const auto start_scores = [&] {
     tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
-        scores, tile::RowDescriptor<KeyTile>(base(Shapes::kKeyOffset), first_row),
+        scores, tile::RowDescriptor<KeyTile>(base(Shapes::kKeyOffset), half.first()),
         keys_at.stage() * Shapes::kKeyBytes,
         tile::RowDescriptor<QueryTile>(base(Shapes::kQueryOffset), 0),
         query_at.stage() * QueryTile::kBytes);
   };
   const auto start_dprobs = [&] {
     tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
-        dprobs, tile::RowDescriptor<KeyTile>(base(Shapes::kKeyOffset + KeyTile::kBytes), first_row),
+        dprobs,
+        tile::RowDescriptor<KeyTile>(base(Shapes::kKeyOffset + KeyTile::kBytes), half.first()),
         keys_at.stage() * Shapes::kKeyBytes,
         tile::RowDescriptor<QueryTile>(base(Shapes::kDoutOffset), 0),
         dout_at.stage() * QueryTile::kBytes);
@@ -194,13 +244,31 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
   };
   const auto await_turn = [&] { ptx::barrier_sync(Shapes::kTurnBarrier + consumer, 256); };
   const auto pass_turn = [&] { ptx::barrier_arrive(Shapes::kTurnBarrier + 1 - consumer, 256); };
+  const auto await_query_tile = [&] {
+    stages.query.wait_full(query_at);
+    stages.dout.wait_full(dout_at);
+  };
   // Waits for what the first step of a key tile reads, and returns where the tile lies.
   const auto await_tile = [&]() -> attention::TilePlace {
     stages.keys.wait_full(keys_at);
     const attention::TilePlace place = stages.places.get(keys_at.stage());
+    half.advance();
     if (place.tile != kNoTile && Walk(attention, place).steps() > 0) {
-      stages.query.wait_full(query_at);
-      stages.dout.wait_full(dout_at);
+      await_query_tile();
+      if constexpr (Shapes::kSkipsHidden) {
+        const Walk walk(attention, place);
+        const attention::VisibleRange<Config> range(attention);
+        if (walk.steps() > 1 && range.first_seeing(walk.first_key + 64) >=
+                                    (walk.query_tiles.begin + 1) * Config::kTileQ)
+          half.skip_hidden();
+        if (half.skips_first()) {
+          stages.dout.release(dout_at.stage());
+          stages.query.release(query_at.stage());
+          query_at.advance();
+          dout_at.advance();
+          await_query_tile();
+        }
+      }
     }
     return place;
   };
@@ -221,7 +289,7 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
     KeptBits<Config, Scores> dropout;
     const auto tile_of = [&](const Step& step) {
       return ScoreTile{place.batch, step.head, step.query_tile * Config::kTileQ, walk.first_key,
-                       walk.first_key + warp_row};
+                       walk.first_key + half.warp_row()};
     };
     const auto finish_scores = [&](const Step& step) {
       const ScoreTile tile = tile_of(step);
@@ -252,6 +320,10 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
     ptx::wgmma_wait<0>();
     if (remaining > 0) {
       Step step = walk.first();
+      if (half.skips_first()) {
+        walk.advance(step);
+        --remaining;
+      }
       lse.load(statistics(Shapes::kLseOffset, query_at.stage()));
       finish_scores(step);
       delta.load(statistics(Shapes::kDeltaOffset, dout_at.stage()));
@@ -285,8 +357,10 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
         ptx::wgmma_wait<0>();  // dprobs
       }
       cross();
-      stages.dout.release((dout_at.fills - 1) % Config::kDoutStages);
-      stages.query.release((query_at.fills - 1) % Config::kQueryStages);
+      // Further than this tile's last step.
+      const int skipped = half.skips_first() ? 1 : 0;
+      stages.dout.release((dout_at.fills - 1 - skipped) % Config::kDoutStages);
+      stages.query.release((query_at.fills - 1 - skipped) % Config::kQueryStages);
     } else {
       await_turn();
       cross();
@@ -299,12 +373,12 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
     const bool finite = dk.is_finite() && dv.is_finite();
     dk.scale(attention.softmax_scale);
     if constexpr (Config::kDropout) dv.scale(attention.dropout_scale);
-    store_key_gradient<Config>(backward.dk, dk, done, attention.seqlen_k, warp_row);
-    store_key_gradient<Config>(backward.dv, dv, done, attention.seqlen_k, warp_row);
+    store_key_gradient<Config>(backward.dk, dk, done, attention.seqlen_k, half.warp_row_before());
+    store_key_gradient<Config>(backward.dv, dv, done, attention.seqlen_k, half.warp_row_before());
     if constexpr (Config::kWindowed) {
       if (__builtin_expect(__any_sync(0xffffffffu, !finite), false)) {
         __syncwarp();  // contain_dk_dv reads what other lanes have written
-        const int first_key = done.tile * Config::kTileK + warp_row;
+        const int first_key = done.tile * Config::kTileK + half.warp_row_before();
         attention::contain_dk_dv<Config>(backward, done.batch, done.head,
                                          {first_key, first_key + 16}, 1);
       }

@@ -9,6 +9,9 @@
 // and dprobs of this one in its turn, and passes the turn on; its exponentials run beside its own
 // dq and dprobs, and beside the products of the other.
 //
+// Under a mask the last key tiles of a query tile, which come first, may be hidden from the first
+// consumer's rows. Where they are narrow, it takes turns in which it starts nothing.
+//
 // The three warps beside the producer work out lse and delta of every query row, a tile ahead of
 // the consumers, and leave them to sm90/key_gradient.cuh, which comes behind.
 //
@@ -54,6 +57,10 @@ struct QueryGradientShapes : KeyWalkShapes<Config, 2, true> {
   static constexpr int kHeldSteps = kWide && Config::kTileK == 32 && !Config::kDropout ? 6 : 0;
   // Up to head dim 64 whole heads may compute the same gradients.
   using Order = KeyOrder<Config, Config::kHeadDim <= 64 && Config::kTileK == 64>;
+  // With narrower tiles than a consumer's rows two or more of them are hidden, which saves 3% at
+  // head dim 256; with tiles as wide as that it costs 4% at head dim 128 (docs/tuning.md). Whole
+  // heads, in whose order keys do not come from the last to the first, have such tiles.
+  static constexpr bool kSkipsHidden = Config::kWindowed && Config::kTileK < kConsumerRows;
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
   static constexpr int kKeySteps = Config::kTileK / 16;
   using Scores = tile::Accumulator<1, kKeySteps>;
@@ -230,6 +237,26 @@ __device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardPa
       if constexpr (Shapes::kHeldSteps > 0)
         held_queries.template read_rows<QueryTile>(
             shared() + Shapes::kQueryOffset + query.stage() * Shapes::kQueryBytes, warp_row);
+      typename Shapes::Order order(key_tiles);
+      if constexpr (Shapes::kSkipsHidden) {
+        const int last_key = range.last_visible(first_query + kConsumerRows - 1);
+#pragma unroll 1
+        while (consumer == 0 && order.has_next() && order.first_key() > last_key) {
+          turns.await();
+          turns.pass();
+          // Who lets go of k and v is the only one to wait for them: a warp that comes later may
+          // find the stages filled anew, and would wait forever.
+          if (leads) {
+            stages.key.wait_full(key());
+            stages.key.release(key().stage());
+            stages.value.wait_full(value());
+            stages.value.release(value().stage());
+          }
+          __syncwarp();  // barriers and products want whole warps
+          order.advance();
+          ++steps;
+        }
+      }
       stages.key.wait_full(key());
       turns.await();
       start_scores();
@@ -274,7 +301,6 @@ __device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardPa
         }
       };
 
-      typename Shapes::Order order(key_tiles);
       int first_key = order.first_key();
       ptx::wgmma_wait<1>();  // scores
       make_probs({first_query + warp_row, first_key}, first_key);
