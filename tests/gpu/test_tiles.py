@@ -91,16 +91,17 @@ def test_fused_backward_with_other_stages(tiles, case, expected):
 
 
 @pytest.mark.parametrize(
-    ("seqlens", "batch", "mask"),
+    ("seqlens", "batch", "heads", "mask"),
     [
-        ((448, 448), 8, {"causal": True}),
-        ((900, 300), 4, {"causal": True}),  # with tiles of rows that see no key
-        ((700, 700), 4, {"window_size": (300, 130)}),  # some tiles hide nothing
+        ((448, 448), 12, 16, {"causal": True}),  # every key tile
+        ((900, 300), 12, 8, {"causal": True}),
+        ((640, 640), 16, 8, {"window_size": (200, 70)}),  # tiles that hide nothing
+        ((300, 900), 12, 8, {"window_size": (100, 0)}),  # and some that no row sees
     ],
-    ids=["causal", "rows_without_keys", "window"],
+    ids=["causal", "rows_without_keys", "window", "keys_that_none_sees"],
 )
-def test_consumers_a_step_ahead(seqlens, batch, mask, expected):
-    """Each CTA has several tiles of which one consumer skips a step."""
+def test_consumers_a_step_ahead(seqlens, batch, heads, mask, expected):
+    """CTAs have several key tiles, of some of which a consumer skips a step."""
     devices.require_family("sm90")
     case = dataclasses.replace(
         cases.BY_NAME["plain"],
@@ -108,7 +109,7 @@ def test_consumers_a_step_ahead(seqlens, batch, mask, expected):
         batch=batch,
         seqlen_q=seqlens[0],
         seqlen_k=seqlens[1],
-        heads=16,
+        heads=heads,
         heads_k=8,
         head_dim=128,
         **mask,

@@ -19,7 +19,7 @@
 //
 // Under a mask the first query tile of a walk may see nothing of a tile's second half: whoever owns
 // that half skips the step. The other consumer owns it the next time, so that neither is more than
-// one step ahead, for which there are stages.
+// one step ahead, which takes three stages of q and of dout.
 //
 // The gate is opened by a warp of its own, which waits for the kernel of dq to have worked them out
 // (sm90/query_statistics.cuh), not to have ended.

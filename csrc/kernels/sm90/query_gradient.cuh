@@ -57,10 +57,10 @@ struct QueryGradientShapes : KeyWalkShapes<Config, 2, true> {
   static constexpr int kHeldSteps = kWide && Config::kTileK == 32 && !Config::kDropout ? 6 : 0;
   // Up to head dim 64 whole heads may compute the same gradients.
   using Order = KeyOrder<Config, Config::kHeadDim <= 64 && Config::kTileK == 64>;
-  // With narrower tiles than a consumer's rows two or more of them are hidden, which saves 3% at
-  // head dim 256; with tiles as wide as that it costs 4% at head dim 128 (docs/tuning.md). Whole
-  // heads, in whose order keys do not come from the last to the first, have such tiles.
-  static constexpr bool kSkipsHidden = Config::kWindowed && Config::kTileK < kConsumerRows;
+  // Where tiles are half as wide as a consumer's rows are many, two are hidden, which saves 3% at
+  // head dim 256; with one that is as wide it costs 4% at head dim 128 (docs/tuning.md). Keys then
+  // come from the last to the first: the order of whole heads is for tiles of 64.
+  static constexpr bool kSkipsHidden = Config::kWindowed && 2 * Config::kTileK <= kConsumerRows;
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
   static constexpr int kKeySteps = Config::kTileK / 16;
   using Scores = tile::Accumulator<1, kKeySteps>;
