@@ -51,6 +51,7 @@ struct OwnedHalf {
   __device__ __forceinline__ int first() const { return first_row; }
   __device__ __forceinline__ int warp_row() const { return row; }
   __device__ __forceinline__ int warp_row_before() const { return row; }  // in the tile before
+  // A constant: with the value of a call ptxas spills a register (ALiBi, head dim 128).
   static __device__ constexpr bool skips_first() { return false; }
   __device__ __forceinline__ void advance() {}
 };
@@ -258,7 +259,7 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
       if constexpr (Shapes::kSkipsHidden) {
         const Walk walk(attention, place);
         const attention::VisibleRange<Config> range(attention);
-        if (walk.steps() > 1 && range.first_seeing(walk.first_key + 64) >=
+        if (walk.steps() > 1 && range.first_seeing(walk.first_key + Config::kTileK / 2) >=
                                     (walk.query_tiles.begin + 1) * Config::kTileQ)
           half.skip_hidden();
         if (half.skips_first()) {
