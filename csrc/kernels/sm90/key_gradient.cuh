@@ -91,6 +91,8 @@ struct KeyGradientShapes {
   // Who is a step ahead starts the step after the next.
   static constexpr bool kSkipsHidden =
       Config::kWindowed && Config::kQueryStages > 2 && Config::kDoutStages > 2;
+  // Of products of few steps it costs 5% at head dim 64, of others it saves 2% (docs/tuning.md).
+  static constexpr bool kUniform = Config::kHeadDim > 64;
   static constexpr int kKeyStages = 2;
   static constexpr int kPlaces = kKeyStages;  // a place is read before its stage is released
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
@@ -218,14 +220,14 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
   // Worked out anew at every use, or else the compiler keeps what follows in registers.
   const auto base = [&](int offset) { return ptx::opaque(stages.shared) + offset; };
   const auto start_scores = [&] {
-    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps, false, Shapes::kUniform>(
         scores, tile::RowDescriptor<KeyTile>(base(Shapes::kKeyOffset), half.first()),
         keys_at.stage() * Shapes::kKeyBytes,
         tile::RowDescriptor<QueryTile>(base(Shapes::kQueryOffset), 0),
         query_at.stage() * QueryTile::kBytes);
   };
   const auto start_dprobs = [&] {
-    tile::start_shared_product<Element, Shapes::kHeadDimSteps>(
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps, false, Shapes::kUniform>(
         dprobs,
         tile::RowDescriptor<KeyTile>(base(Shapes::kKeyOffset + KeyTile::kBytes), half.first()),
         keys_at.stage() * Shapes::kKeyBytes,
@@ -233,10 +235,10 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
         dout_at.stage() * QueryTile::kBytes);
   };
   const auto start_gradients = [&] {
-    tile::start_register_product<Element>(
+    tile::start_register_product<Element, Shapes::kUniform>(
         dv, rounded_probs, tile::ColumnDescriptor<QueryTile>(base(Shapes::kDoutOffset)),
         dout_at.stage() * QueryTile::kBytes);
-    tile::start_register_product<Element>(
+    tile::start_register_product<Element, Shapes::kUniform>(
         dk, rounded_dscores, tile::ColumnDescriptor<QueryTile>(base(Shapes::kQueryOffset)),
         query_at.stage() * QueryTile::kBytes);
   };

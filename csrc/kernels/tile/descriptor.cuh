@@ -6,6 +6,7 @@
 // by a constant.
 #pragma once
 
+#include <ptx/warpgroup.cuh>
 #include <ptx/wgmma.cuh>
 #include <tile/fragment.cuh>
 #include <tile/shared_tile.cuh>
@@ -25,6 +26,13 @@ struct RowDescriptor {
   __device__ __forceinline__ RowDescriptor(unsigned tile, int first_row)
       : low(((tile + first_row * kPanelRowBytes) >> 4) | (1u << 16)) {}
 
+  // That of the tile `offset` bytes further, see kUniform. Threads: a whole warp.
+  __device__ __forceinline__ RowDescriptor uniform(unsigned offset) const {
+    RowDescriptor further = *this;
+    further.low = ptx::uniform(low + (offset >> 4));
+    return further;
+  }
+
   // Columns 16 * step to 16 * step + 15 of the tile `offset` bytes further.
   __device__ __forceinline__ unsigned long long at(unsigned offset, int step) const {
     const unsigned step_bytes = step / 4 * Tile::kPanelBytes + step % 4 * 32;
@@ -42,6 +50,13 @@ struct ColumnDescriptor {
   __device__ __forceinline__ explicit ColumnDescriptor(unsigned tile)
       : low((tile >> 4) | ((Tile::kPanelBytes >> 4) << 16)) {}
 
+  // That of the tile `offset` bytes further, see kUniform. Threads: a whole warp.
+  __device__ __forceinline__ ColumnDescriptor uniform(unsigned offset) const {
+    ColumnDescriptor further = *this;
+    further.low = ptx::uniform(low + (offset >> 4));
+    return further;
+  }
+
   // Rows 16 * step to 16 * step + 15 of the tile `offset` bytes further.
   __device__ __forceinline__ unsigned long long at(unsigned offset, int step) const {
     return (static_cast<unsigned long long>(kDescriptorHigh) << 32) |
@@ -55,11 +70,17 @@ struct ColumnDescriptor {
 // kFresh: with registers of its own for acc, which need not be those that acc had before. Where a
 // loop around has no registers to spare for both, or for moves between them, one or the other form
 // may not fit.
+// kUniform: one lane says where the operands lie. Where ptxas can't prove that all lanes agree, it
+// moves the descriptors of each step to uniform registers by themselves, up to four moves a step.
 // Threads: a whole warpgroup, warp-uniform arguments.
-template <class Element, int kSteps, bool kFresh = false, class Acc, class TileA, class DescriptorB>
+template <class Element, int kSteps, bool kFresh = false, bool kUniform = false, class Acc,
+          class TileA, class DescriptorB>
 __device__ __forceinline__ void start_shared_product(Acc& acc, const RowDescriptor<TileA>& a,
                                                      unsigned a_offset, const DescriptorB& b,
                                                      unsigned b_offset, bool onto = false) {
+  if constexpr (kUniform)
+    return start_shared_product<Element, kSteps, kFresh>(acc, a.uniform(a_offset), 0,
+                                                         b.uniform(b_offset), 0, onto);
   static_assert(Acc::kRowTiles == 1, "a warp of a warpgroup holds one 16-row block");
   using Product = ptx::Wgmma<Element, Acc::kColumnTiles * 8>;
   ptx::wgmma_fence();
@@ -97,13 +118,15 @@ __device__ __forceinline__ void start_held_product(Acc& acc,
 }
 
 // Starts acc += A * B with A in registers, or acc = A * B unless `onto`, as one batch: over the
-// first 16 * kSteps rows of B or, if that is a RowDescriptor, columns. Threads: a whole warpgroup,
-// warp-uniform arguments.
-template <class Element, int kSteps, class Acc, class DescriptorB>
+// first 16 * kSteps rows of B or, if that is a RowDescriptor, columns. kUniform: as above.
+// Threads: a whole warpgroup, warp-uniform arguments.
+template <class Element, bool kUniform = false, int kSteps, class Acc, class DescriptorB>
 __device__ __forceinline__ void start_register_product(Acc& acc,
                                                        const RegisterOperand<1, kSteps>& a,
                                                        const DescriptorB& b, unsigned b_offset,
                                                        bool onto = true) {
+  if constexpr (kUniform)
+    return start_register_product<Element>(acc, a, b.uniform(b_offset), 0, onto);
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
