@@ -193,6 +193,23 @@ def _models() -> tuple[Workload, ...]:
     )
 
 
+def _one_sequence() -> tuple[Workload, ...]:
+    llama = "Llama 3 {}, arXiv:2407.21783, table 3, heads split over {} GPUs"
+    large, small = llama.format("70B", 8), llama.format("8B", 2)
+    llama2 = "Llama 2 7B, arXiv:2307.09288, heads split over two GPUs"
+    opt = "OPT-1.3B, arXiv:2205.01068, table 1"
+    return (
+        Workload("one_llama3_70b_s4096", 1, 4096, 8, 1, 128, causal=True, source=large),
+        Workload("one_llama3_70b_s8192", 1, 8192, 8, 1, 128, causal=True, source=large),
+        Workload("one_llama3_8b_s2048", 1, 2048, 16, 4, 128, causal=True, source=small),
+        Workload("one_llama3_8b_s4096", 1, 4096, 16, 4, 128, causal=True, source=small),
+        Workload("one_opt_s1024", 1, 1024, 32, 32, 64, causal=True, source=opt),
+        Workload("one_llama2_s1024", 1, 1024, 16, 16, 128, causal=True, source=llama2),
+        Workload("one_llama2_s2048", 1, 2048, 16, 16, 128, causal=True, source=llama2),
+        Workload("one_llama2_s4096", 1, 4096, 16, 16, 128, causal=True, source=llama2),
+    )
+
+
 def _smoke() -> tuple[Workload, ...]:
     source = "none: small enough to try the harness on a CPU"
     return (
@@ -215,7 +232,14 @@ def _smoke() -> tuple[Workload, ...]:
     )
 
 
-WORKLOADS = (*_grid(), *_other_widths(), *_features(), *_models(), *_smoke())
+WORKLOADS = (
+    *_grid(),
+    *_other_widths(),
+    *_features(),
+    *_models(),
+    *_one_sequence(),
+    *_smoke(),
+)
 
 
 def select(pattern: str | None) -> tuple[Workload, ...]:

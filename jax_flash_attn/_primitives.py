@@ -22,6 +22,7 @@ from jax_flash_attn import (
     _batching,
     _compat,
     _ffi,
+    _key_copies,
     _partitioning,
     _shapes,
     _spec,
@@ -199,6 +200,9 @@ def _kernel_backward(
     qkv = tuple(_pad_head_dim(x, padded) for x in operands.qkv)
     batch = _shapes.common_batch([x.shape[0] for x in flat])
     dims = _shapes.dimensions(qkv, spec.packing)._replace(batch=batch)
+    copies = _key_copies.key_copies(dims, spec, qkv[0].dtype, *_key_copies.device())
+    # The first operand has queries: with keys and values in it, too, there is one copy.
+    qkv = (qkv[0], *(_key_copies.copy_heads(x, copies) for x in qkv[1:]))
     gradients = [_struct((batch, *x.shape[1:]), x.dtype) for x in qkv]
     results = [*gradients, *_shapes.workspace(dims, spec.deterministic)]
     arrays = [
@@ -209,7 +213,8 @@ def _kernel_backward(
         *dlse,
     ]
     computed = _ffi.backward_call(arrays, results, spec, has_dlse)
-    return [x[..., :head_dim] for x in computed[: len(qkv)]]
+    dq, *dk_dv = (x[..., :head_dim] for x in computed[: len(qkv)])
+    return [dq, *(_key_copies.sum_copies(x, copies) for x in dk_dv)]
 
 
 def _register(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash_attn import _arguments, _ffi, _spec, _support
+from jax_flash_attn import _arguments, _ffi, _key_copies, _shapes, _spec, _support
 from jax_flash_attn.attention import canonicalize, dense_obstacle
 
 
@@ -24,7 +24,8 @@ class Explanation:
     forward: str
     """The forward kernel's tiles; empty when no kernel runs."""
     backward: str
-    """The backward kernels' tiles; empty when no kernel runs."""
+    """The backward kernels' tiles, and the copies of key heads that they get, if any;
+    empty when no kernel runs."""
     spec: _spec.AttentionSpec
     """The call in canonical form."""
     padded_head_dim: int
@@ -75,7 +76,7 @@ def explain(
         ValueError, TypeError: as `flash_attn_func`.
 
     Source: csrc/launchers/sm80_tiles.cc and sm90_tiles.cc have the tables that tiles
-    come from.
+    come from, _key_copies.py the rule for copies of key heads.
     """
     arguments.pop("return_lse", None)  # lse is computed in any case
     structs = {
@@ -109,6 +110,11 @@ def explain(
     )
     if obstacle:
         return Explanation("jax", obstacle, target, "", "", spec, padded)
+    dims = _shapes.dimensions(tuple(structs.values()), "none")
+    copies = _key_copies.key_copies(
+        dims._replace(head_dim=padded), spec, dtype, target, multiprocessors
+    )
+    heads_k = {"forward": dims.heads_k, "backward": dims.heads_k * copies}
     tiles = {
         operation: _ffi.native.tiles(
             operation,
@@ -120,11 +126,13 @@ def explain(
             batch=batch,
             seqlen_k=seqlen_k,
             heads=heads,
-            heads_k=structs["k"].shape[2],
+            heads_k=heads_k[operation],
             multiprocessors=multiprocessors,
         )
         for operation in ("forward", "backward")
     }
+    if copies > 1:
+        tiles["backward"] += f", {copies} copies of each key head"
     note = ""
     if padded != head_dim:
         note = (

@@ -40,6 +40,7 @@ StatusOr<PlanKey> key_of(const BackwardCall& call, int device) {
   JFA_ASSIGN_OR_RETURN(const runtime::DeviceInfo* info, runtime::device_info(device));
   PlanKey key = plan_key(call.spec, call.shape, device);
   for (const bool suits : {sm90::suits_heads(call.shape, info->multiprocessors),
+                           sm90::suits_one_round(call.spec, call.shape, info->multiprocessors),
                            sm90::suits_clusters(call.spec, call.shape, info->multiprocessors)})
     key.values.back() = 2 * key.values.back() + (suits ? 1 : 0);
   return key;
@@ -149,6 +150,8 @@ constexpr std::int64_t kServedKeys = 384;
 constexpr std::int64_t kSteadyKeys = 1024;
 constexpr std::int64_t kSteadyQueries = 1024;
 constexpr std::int64_t kSteadyRounds = 8;
+// How many rounds of CTAs behind a group its rows are rounded.
+constexpr double kRoundsBehind = 2.0;
 
 // The main kernel, whose idle warps prepare and round the rows of most groups of heads, between
 // two kernels for the rows of the others.
@@ -166,8 +169,11 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
     return std::min(groups, 1 + ceil_div(ctas, std::max<std::int64_t>(group_tiles, 1)));
   };
   const std::int64_t visible_keys = mean_visible_keys(backward.attention);
-  const bool serves =
-      specialization.prepared_rows > 0 && shape.seqlen_q > 0 && visible_keys >= kServedKeys;
+  // So few that the main kernel would round none, and CTAs of the first rounds wait for rows that
+  // others only prepare in them: 10 to 20% under a causal mask (docs/tuning.md).
+  const bool few_groups = call.spec.windowed() && groups_of(kRoundsBehind) == groups;
+  const bool serves = specialization.prepared_rows > 0 && shape.seqlen_q > 0 && !few_groups &&
+                      visible_keys >= kServedKeys;
   // With such leads a CTA finds its rows prepared, and a group finished or nearly so. The shorter
   // they are, the more of the rows is still in L2: key tiles that take equally long, and long, need
   // less of them, and CTAs of the first round, which then wait for some, are few (docs/tuning.md).
@@ -175,14 +181,15 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
                       group_heads * shape.seqlen_q >= kSteadyQueries &&
                       group_tiles * groups >= kSteadyRounds * plan.multiprocessors;
   const std::int64_t prepares_ahead = serves ? groups_of(steady ? 0.7 : 1.5) : groups;
-  const std::int64_t rounds_behind = serves ? groups_of(steady ? 1.2 : 2.0) : groups;
+  const std::int64_t rounds_behind = serves ? groups_of(steady ? 1.2 : kRoundsBehind) : groups;
   jfa::Sm90FusedBackwardParams params{};
   params.backward = backward;
   params.group_heads = static_cast<int>(group_heads);
   params.prepares_ahead = static_cast<int>(prepares_ahead);
   params.rounds_behind = static_cast<int>(rounds_behind);
-  // No more than either, or CTAs would wait for some with larger indices.
-  params.last_groups = static_cast<int>(std::min({groups_of(1.5), prepares_ahead, rounds_behind}));
+  // No more than either, or CTAs would wait for some with larger indices; all, where nobody waits.
+  params.last_groups = static_cast<int>(
+      few_groups ? groups : std::min({groups_of(1.5), prepares_ahead, rounds_behind}));
   // Between a key tile's addition to a query tile and the next one's pass about 0.7 of a step.
   constexpr double kStepsBetweenAdditions = 0.7;
   const std::int64_t steps = group_heads * ceil_div(shape.seqlen_q, specialization.tile_q);

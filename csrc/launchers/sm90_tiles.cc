@@ -47,6 +47,15 @@ constexpr Row<BackwardTiles> kBackward[] = {
     {128, Features::kNoSoftcap, {64, 128, 2, 2}},
 };
 
+constexpr int kBackwardTileK = 128;  // of every row
+template <std::size_t kRows>
+constexpr bool key_tiles_are_known(const Row<BackwardTiles> (&rows)[kRows]) {
+  for (const Row<BackwardTiles>& row : rows)
+    if (row.tiles.tile_k != kBackwardTileK) return false;
+  return true;
+}
+static_assert(key_tiles_are_known(kBackward), "suits_one_round() is asked before a row is chosen");
+
 // For what kBackward leaves, short sequences, and deterministic calls but for long ones that are of
 // narrow heads or causal.
 //                                      tile_q  tile_k  query, dout stages; of dq: tile_q  tile_k
@@ -129,6 +138,13 @@ static_assert(is_seqlen_limit(kSplitNarrow) && is_seqlen_limit(kSplitWide) &&
                   is_seqlen_limit(kSplitDeterministic) && is_seqlen_limit(kSplitWideDeterministic),
               "calls of one plan run the same kernels");
 
+// Above this head dim and from so many queries on, causal calls with one round of key tiles are
+// better fused. That takes as long as the longest walk, the split form as long as the longest of
+// each kernel (279 and 236 TFLOP/s for 16 heads of 1,024 queries at head dim 128). Not where a key
+// head has several query heads, all of which a key tile walks.
+constexpr int kOneRoundHeadDim = 64;
+constexpr std::int64_t kOneRoundSeqlen = 512;
+
 // Of all query heads that read a key head.
 std::int64_t head_query_tiles(const AttentionShape& shape, int tile_q) {
   return shape.heads / std::max<std::int64_t>(1, shape.heads_k) * ceil_div(shape.seqlen_q, tile_q);
@@ -193,9 +209,18 @@ StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, const Attentio
   return choose(kBackward, spec, shape, target, backward_shared_bytes);
 }
 
+bool suits_one_round(const AttentionSpec& spec, const AttentionShape& shape, int multiprocessors) {
+  if (!spec.causal() || spec.deterministic || shape.head_dim <= kOneRoundHeadDim) return false;
+  if (shape.heads != shape.heads_k || shape.seqlen_q < kOneRoundSeqlen) return false;
+  const std::int64_t key_tiles =
+      ceil_div(shape.seqlen_k, kBackwardTileK) * shape.batch * shape.heads_k;
+  return key_tiles > 0 && key_tiles <= multiprocessors;
+}
+
 bool splits_backward(const AttentionSpec& spec, const AttentionShape& shape, const Target& target) {
-  return shape.seqlen_q <= split_seqlen(spec, shape.head_dim) ||
-         !backward_tiles(spec, shape, target).ok();
+  if (!backward_tiles(spec, shape, target).ok()) return true;
+  return shape.seqlen_q <= split_seqlen(spec, shape.head_dim) &&
+         !suits_one_round(spec, shape, target.multiprocessors);
 }
 
 StatusOr<SplitBackwardTiles> split_backward_tiles(const AttentionSpec& spec,

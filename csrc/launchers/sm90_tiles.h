@@ -71,6 +71,10 @@ runtime::StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec,
 // memory that kernels before and behind must clear and round, and one order of additions.
 bool splits_backward(const AttentionSpec& spec, const AttentionShape& shape, const Target& target);
 
+// Whether a short causal call has so few key tiles that it is better fused nevertheless. Of each
+// call, in little time.
+bool suits_one_round(const AttentionSpec& spec, const AttentionShape& shape, int multiprocessors);
+
 runtime::StatusOr<HeadBackwardTiles> head_backward_tiles(const AttentionSpec& spec,
                                                          const AttentionShape& shape,
                                                          const Target& target);

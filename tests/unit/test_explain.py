@@ -85,6 +85,32 @@ def many_heads(batch=33, seqlen_q=512, heads=4, heads_k=4, head_dim=64):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "options", "is_split"),
+    [
+        ({"batch": 11}, {}, False),  # 132 key tiles
+        ({"batch": 12}, {}, True),
+        ({"batch": 12, "seqlen_q": 1025}, {}, False),  # too long
+        ({"batch": 11, "seqlen_q": 512}, {}, False),
+        ({"batch": 11, "seqlen_q": 511}, {}, True),
+        ({"batch": 11, "head_dim": 72}, {}, False),
+        ({"batch": 11, "head_dim": 64, "seqlen_q": 512}, {}, True),
+        ({"batch": 11, "heads": 8}, {"deterministic": True}, True),
+        ({"batch": 5, "heads": 8}, {"dtype": jnp.float16}, True),  # no copies
+        ({"batch": 11}, {"causal": False}, True),
+        ({"batch": 11}, {"causal": False, "window_size": (900, 900)}, True),
+        ({"batch": 11}, {"deterministic": True}, True),
+    ],
+)
+def test_one_causal_round_of_key_tiles_is_fused(sizes, options, is_split):
+    sizes = {"seqlen_q": 1024, "head_dim": 128, **sizes}
+    options = {"causal": True, **options}
+    dtype = options.pop("dtype", jnp.bfloat16)
+    operands = (jax.ShapeDtypeStruct(x.shape, dtype) for x in many_heads(**sizes))
+    found = explain(*operands, architecture="sm_90", **options)
+    assert ("split" in found.backward) == is_split
+
+
+@pytest.mark.parametrize(
     ("operands", "options", "takes_heads"),
     [
         (many_heads(), {}, True),

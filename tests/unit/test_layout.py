@@ -25,6 +25,7 @@ PYTHON_LAYERS = (
     {"attention"},
     {"_vjp"},
     {"_primitives"},
+    {"_key_copies"},
     {"_batching", "_partitioning", "_support"},
     {"_ffi"},
     {"_native"},

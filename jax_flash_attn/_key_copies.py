@@ -1,0 +1,133 @@
+"""How many copies of each key head the backward kernels get.
+
+A CTA that computes dk and dv walks the queries of all query heads that read its keys.
+Where key heads are few and keys not many, such walks are long and fewer than a GPU has
+multiprocessors; under a causal mask the longest of them takes twice the mean besides.
+Copies of a key head, each for a part of its query heads, are so many more and shorter
+walks. dk and dv of a key head are then the sums over its copies.
+"""
+
+import functools
+import heapq
+
+import jax
+import jax.numpy as jnp
+
+from jax_flash_attn import _ffi, _shapes, _spec, _support
+
+_ARCHITECTURE = "sm_90"
+"""The one whose kernels were measured with copies (docs/tuning.md)."""
+_MULTIPROCESSORS = 132
+"""Of an H100 and of an H200."""
+# Of its kernels' key tiles, up to head dim 128 and above it; a step of a walk is a
+# query tile.
+_TILE_K, _WIDE_TILE_K = 128, 64
+_TILE_Q = 64
+# What a key tile takes besides its walk, and what copying and summing take, in steps.
+_TILE_STEPS = 3.0
+_COPY_STEPS = 8.0
+
+
+def key_copies(
+    dims: _shapes.Dimensions,
+    spec: _spec.AttentionSpec,
+    dtype: jnp.dtype,
+    architecture: str,
+    multiprocessors: int,
+) -> int:
+    """Returns how many copies of each key head make the backward fastest.
+
+    It divides the number of query heads that read a key head, and is 1 for
+
+    - calls with key tiles for two rounds of all multiprocessors, whose copies would
+      take memory for little;
+    - deterministic calls: their gradients do not depend on how many batch entries and
+      heads there are, and the number of copies does;
+    - float16: each copy's sum is rounded to the dtype, and might overflow where the
+      sum of all does not;
+    - lengths that are not known when the program is lowered;
+    - other architectures than Hopper's.
+
+    Args:
+        dims: The call's shapes.
+        spec: Its static options.
+        dtype: Of q, k and v.
+        architecture: That the kernels are compiled for, such as "sm_90".
+        multiprocessors: Of the GPU; 0 where it is not known.
+    """
+    if dims.heads == dims.heads_k or architecture != _ARCHITECTURE:
+        return 1
+    if spec.deterministic or dtype != jnp.bfloat16:
+        return 1
+    if not all(isinstance(length, int) and length > 0 for length in dims):
+        return 1
+    multiprocessors = multiprocessors or _MULTIPROCESSORS
+    if _key_tiles(dims) >= 2 * multiprocessors:
+        return 1
+    walks = _walks(dims, spec)
+    group = dims.heads // dims.heads_k
+    divisors = [copies for copies in range(1, group + 1) if group % copies == 0]
+
+    def steps(copies: int) -> float:
+        shorter = [group // copies * walk for walk in walks]
+        heads = dims.batch * dims.heads_k * copies
+        copying = 0.0 if copies == 1 else _COPY_STEPS
+        return _steps(shorter, heads, multiprocessors) + copying
+
+    return min(divisors, key=steps)
+
+
+def _tile_k(dims: _shapes.Dimensions) -> int:
+    return _TILE_K if dims.head_dim <= 128 else _WIDE_TILE_K
+
+
+def _key_tiles(dims: _shapes.Dimensions) -> int:
+    return dims.batch * dims.heads_k * -(-dims.seqlen_k // _tile_k(dims))
+
+
+def _walks(dims: _shapes.Dimensions, spec: _spec.AttentionSpec) -> list[int]:
+    """For each key tile of a head, how many query tiles of one head see it."""
+    diagonal = spec.diagonal(dims.seqlen_q, dims.seqlen_k)
+    walks = []
+    for first_key in range(0, dims.seqlen_k, _tile_k(dims)):
+        last_key = min(first_key + _tile_k(dims), dims.seqlen_k) - 1
+        first, end = 0, dims.seqlen_q
+        if spec.window_right != _spec.UNBOUNDED:
+            first = max(first, first_key - diagonal - spec.window_right)
+        if spec.window_left != _spec.UNBOUNDED:
+            end = min(end, last_key - diagonal + spec.window_left + 1)
+        walks.append(max(0, -(-end // _TILE_Q) - first // _TILE_Q))
+    return walks
+
+
+def _steps(walks: list[int], heads: int, multiprocessors: int) -> float:
+    """After how many steps all are done, if who is free takes the longest walk left."""
+    ends = [0.0] * multiprocessors
+    for walk in sorted(walks * heads, reverse=True):
+        heapq.heapreplace(ends, ends[0] + walk + _TILE_STEPS)
+    return max(ends)
+
+
+@functools.cache
+def device() -> tuple[str, int]:
+    """Returns the first CUDA device's architecture and multiprocessors.
+
+    Where there is none, those of the GPU that copies were measured on.
+    """
+    if _ffi.native is None or not _support.on_gpu():
+        return _ARCHITECTURE, _MULTIPROCESSORS
+    found = _ffi.native.devices()[0]
+    return str(found["architecture"]), int(found["multiprocessors"])
+
+
+def copy_heads(x: jax.Array, copies: int) -> jax.Array:
+    """Returns `x`, (..., Hk, D), with each head so many times, side by side."""
+    return x if copies == 1 else jnp.repeat(x, copies, axis=-2)
+
+
+def sum_copies(x: jax.Array, copies: int) -> jax.Array:
+    """Returns the sums over copies of what is laid out as by `copy_heads`."""
+    if copies == 1:
+        return x
+    apart = x.reshape(*x.shape[:-2], -1, copies, x.shape[-1])
+    return apart.sum(axis=-2, dtype=jnp.float32).astype(x.dtype)
