@@ -47,14 +47,16 @@ constexpr Row<BackwardTiles> kBackward[] = {
     {128, Features::kNoSoftcap, {64, 128, 2, 2}},
 };
 
-constexpr int kBackwardTileK = 128;  // of every row
-template <std::size_t kRows>
-constexpr bool key_tiles_are_known(const Row<BackwardTiles> (&rows)[kRows]) {
-  for (const Row<BackwardTiles>& row : rows)
-    if (row.tiles.tile_k != kBackwardTileK) return false;
+// Whether every row has key tiles of `tile_k`.
+template <typename Tiles, std::size_t kRows>
+constexpr bool key_tiles_are(const Row<Tiles> (&rows)[kRows], int tile_k) {
+  for (const Row<Tiles>& row : rows)
+    if (row.tiles.tile_k != tile_k) return false;
   return true;
 }
-static_assert(key_tiles_are_known(kBackward), "suits_one_round() is asked before a row is chosen");
+constexpr int kBackwardTileK = 128;
+static_assert(key_tiles_are(kBackward, kBackwardTileK),
+              "suits_one_round() is asked before a row is chosen");
 
 // For what kBackward leaves, short sequences, and deterministic calls but for long ones that are of
 // narrow heads or causal.
@@ -77,14 +79,9 @@ constexpr Row<ClusterBackwardTiles> kClusterBackward[] = {
     {192, Features::kAny, {64, 64, 3, 3}},
     {kAnyHeadDim, Features::kAny, {64, 64, 2, 2}},
 };
-constexpr int kClusterTileK = 64;  // of every row
-template <std::size_t kRows>
-constexpr bool key_tiles_are_known(const Row<ClusterBackwardTiles> (&rows)[kRows]) {
-  for (const Row<ClusterBackwardTiles>& row : rows)
-    if (row.tiles.tile_k != kClusterTileK) return false;
-  return true;
-}
-static_assert(key_tiles_are_known(kClusterBackward), "suits_clusters() is asked before");
+constexpr int kClusterTileK = 64;
+static_assert(key_tiles_are(kClusterBackward, kClusterTileK),
+              "suits_clusters() is asked before a row is chosen");
 
 // For short sequences of many heads.
 //                                        tile_q  tile_k  query, dout stages  head_tiles
