@@ -7,7 +7,6 @@ Copies of a key head, each for a part of its query heads, are so many more and s
 walks. dk and dv of a key head are then the sums over its copies.
 """
 
-import functools
 import heapq
 
 import jax
@@ -108,16 +107,14 @@ def _steps(walks: list[int], heads: int, multiprocessors: int) -> float:
     return max(ends)
 
 
-@functools.cache
-def device() -> tuple[str, int]:
-    """Returns the first CUDA device's architecture and multiprocessors.
+def target() -> tuple[str, int]:
+    """Returns the architecture and multiprocessors to choose for.
 
-    Where there is none, those of the GPU that copies were measured on.
+    Where there is no GPU, Hopper's, and a number that is not known.
     """
     if _ffi.native is None or not _support.on_gpu():
-        return _ARCHITECTURE, _MULTIPROCESSORS
-    found = _ffi.native.devices()[0]
-    return str(found["architecture"]), int(found["multiprocessors"])
+        return _ARCHITECTURE, 0
+    return _support.device()
 
 
 def copy_heads(x: jax.Array, copies: int) -> jax.Array:

@@ -200,7 +200,7 @@ def _kernel_backward(
     qkv = tuple(_pad_head_dim(x, padded) for x in operands.qkv)
     batch = _shapes.common_batch([x.shape[0] for x in flat])
     dims = _shapes.dimensions(qkv, spec.packing)._replace(batch=batch)
-    copies = _key_copies.key_copies(dims, spec, qkv[0].dtype, *_key_copies.device())
+    copies = _key_copies.key_copies(dims, spec, qkv[0].dtype, *_key_copies.target())
     # The first operand has queries: with keys and values in it, too, there is one copy.
     qkv = (qkv[0], *(_key_copies.copy_heads(x, copies) for x in qkv[1:]))
     gradients = [_struct((batch, *x.shape[1:]), x.dtype) for x in qkv]

@@ -85,6 +85,12 @@ def on_gpu() -> bool:
     return jax.default_backend() == "gpu" and bool(_cuda_devices())
 
 
+def device() -> tuple[str, int]:
+    """The first CUDA device's architecture for kernels, and its multiprocessors."""
+    found = _ffi.native.devices()[0]
+    return str(found["architecture"]), int(found["multiprocessors"])
+
+
 def _cuda_devices() -> list[jax.Device]:
     try:
         return jax.devices("cuda")

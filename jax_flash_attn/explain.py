@@ -156,5 +156,4 @@ def _target(architecture: str | None) -> tuple[str, int, str]:
     obstacle = _support.machine_obstacle()
     if obstacle:
         return "", 0, obstacle
-    device = _ffi.native.devices()[0]
-    return str(device["architecture"]), int(device["multiprocessors"]), ""
+    return (*_support.device(), "")

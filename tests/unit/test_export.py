@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
 
-from jax_flash_attn import _support
+from jax_flash_attn import _support, flash_attn_func
 from tests.support import jax_child, oracle, programs
 
 pytestmark = pytest.mark.core
@@ -93,3 +95,21 @@ def test_kernels_of_automatic_sharding_get_all_and_that_is_said(monkeypatch):
     with pytest.warns(UserWarning, match="Explicit mesh axes, or use shard_map"):
         (call,) = lowered_for_cuda("auto")
     assert "tensor<8x10x4x16xbf16>" in call
+
+
+def test_gradients_with_a_symbolic_batch():
+    """Exported programs may leave it open, and then have no copies of key heads."""
+    (batch,) = export.symbolic_shape("b")
+    q = jax.ShapeDtypeStruct((batch, 1024, 8, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((batch, 1024, 2, 64), jnp.bfloat16)
+
+    def loss(q, k, v):
+        return flash_attn_func(q, k, v, causal=True).astype(jnp.float32).sum()
+
+    program = export.export(
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2))),
+        platforms=["cuda"],
+        disabled_checks=CUSTOM_CALLS,
+    )(q, k, k)
+    assert "flash_attention_backward" in program.mlir_module()
+    assert [x.shape for x in program.out_avals] == [q.shape, k.shape, k.shape]

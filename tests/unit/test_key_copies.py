@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
 
 from jax_flash_attn import (
     _ffi,
@@ -13,7 +12,6 @@ from jax_flash_attn import (
     _shapes,
     _spec,
     explain,
-    flash_attn_func,
 )
 
 pytestmark = pytest.mark.core
@@ -123,28 +121,6 @@ def test_gradients_with_copies(packing, monkeypatch):
     right = _primitives._plain_backward(*operands, spec=spec, has_dlse=True)
     for gradient, expected in zip(found, right, strict=True):
         np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_symbolic_batch():
-    """Exported programs may leave it open, and then have no copies."""
-    (batch,) = export.symbolic_shape("b")
-    q = jax.ShapeDtypeStruct((batch, 1024, 8, 64), jnp.bfloat16)
-    k = jax.ShapeDtypeStruct((batch, 1024, 2, 64), jnp.bfloat16)
-
-    def loss(q, k, v):
-        return flash_attn_func(q, k, v, causal=True).astype(jnp.float32).sum()
-
-    checks = [
-        export.DisabledSafetyCheck.custom_call(f"flash_attention_{name}")
-        for name in ("forward", "backward")
-    ]
-    exported = export.export(
-        jax.jit(jax.grad(loss, argnums=(0, 1, 2))),
-        platforms=["cuda"],
-        disabled_checks=checks,
-    )(q, k, k)
-    assert "flash_attention_backward" in exported.mlir_module()
-    assert [x.shape for x in exported.out_avals] == [q.shape, k.shape, k.shape]
 
 
 def test_explain_tells_them():

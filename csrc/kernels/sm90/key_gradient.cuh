@@ -220,14 +220,14 @@ __device__ __forceinline__ void consume_key_gradient(const Sm90DealtBackwardPara
   // Worked out anew at every use, or else the compiler keeps what follows in registers.
   const auto base = [&](int offset) { return ptx::opaque(stages.shared) + offset; };
   const auto start_scores = [&] {
-    tile::start_shared_product<Element, Shapes::kHeadDimSteps, false, Shapes::kUniform>(
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps, /*kFresh=*/false, Shapes::kUniform>(
         scores, tile::RowDescriptor<KeyTile>(base(Shapes::kKeyOffset), half.first()),
         keys_at.stage() * Shapes::kKeyBytes,
         tile::RowDescriptor<QueryTile>(base(Shapes::kQueryOffset), 0),
         query_at.stage() * QueryTile::kBytes);
   };
   const auto start_dprobs = [&] {
-    tile::start_shared_product<Element, Shapes::kHeadDimSteps, false, Shapes::kUniform>(
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps, /*kFresh=*/false, Shapes::kUniform>(
         dprobs,
         tile::RowDescriptor<KeyTile>(base(Shapes::kKeyOffset + KeyTile::kBytes), half.first()),
         keys_at.stage() * Shapes::kKeyBytes,

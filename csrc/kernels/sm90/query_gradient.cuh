@@ -189,15 +189,17 @@ __device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardPa
           scores, held_queries, rows, query.stage() * Shapes::kQueryBytes, columns,
           key().stage() * KeyTile::kBytes);
     } else {
-      tile::start_shared_product<Element, Shapes::kHeadDimSteps, false, true>(
-          scores, rows, query.stage() * Shapes::kQueryBytes, columns,
-          key().stage() * KeyTile::kBytes);
+      tile::start_shared_product<Element, Shapes::kHeadDimSteps, /*kFresh=*/false,
+                                 /*kUniform=*/true>(scores, rows,
+                                                    query.stage() * Shapes::kQueryBytes, columns,
+                                                    key().stage() * KeyTile::kBytes);
     }
   };
   const auto start_dprobs = [&] {
     stages.value.wait_full(value());
     const unsigned base = shared();
-    tile::start_shared_product<Element, Shapes::kHeadDimSteps, false, true>(
+    tile::start_shared_product<Element, Shapes::kHeadDimSteps, /*kFresh=*/false,
+                               /*kUniform=*/true>(
         dprobs,
         tile::RowDescriptor<QueryTile>(base + Shapes::kQueryOffset + QueryTile::kBytes,
                                        consumer_row),
@@ -206,7 +208,7 @@ __device__ __forceinline__ void consume_query_gradient(const Sm90DealtBackwardPa
         value().stage() * KeyTile::kBytes);
   };
   const auto start_gradient = [&] {
-    tile::start_register_product<Element, true>(
+    tile::start_register_product<Element, /*kUniform=*/true>(
         dq, dscores, tile::ColumnDescriptor<KeyTile>(shared() + Shapes::kKeyOffset),
         key_before().stage() * KeyTile::kBytes);
   };
