@@ -86,7 +86,7 @@ static_assert(key_tiles_are(kClusterBackward, kClusterTileK),
 // For short sequences of many heads.
 //                                        tile_q  tile_k  query, dout stages  head_tiles
 constexpr Row<HeadBackwardTiles> kHeadBackward[] = {
-    {64, Features::kNoSoftcap, {64, 128, 3, 3, 8}},
+    {64, Features::kNoSoftcap, {64, 128, 3, 2, 8}},
 };
 constexpr int kHeadTileQ = 64;  // of every row
 constexpr int kHeadTiles = 8;
@@ -157,7 +157,7 @@ bool fills(std::int64_t units, std::int64_t workers, double gain) {
 
 // By how much CTAs that take whole heads are faster than the split form, or more (docs/tuning.md):
 // up to that they may take longer because some idle in the last round.
-constexpr double kHeadGain = 1.05;
+constexpr double kHeadGain = 1.2;
 
 // From how many queries on clusters are faster than the split form, as measured at head dim 256: by
 // 4% at 4k and 7 to 13% at 8k and 16k without a mask, by 4 to 8% at 8k and 16k causal. What is
@@ -302,7 +302,8 @@ int head_backward_shared_bytes(const HeadBackwardTiles& tiles, int head_dim) {
   constexpr int kKeyTiles = 2 * kKeyConsumers;  // of 64 rows
   const int statistics = stages * tiles.tile_q * 4;
   constexpr int kPlaces = 4 * 16;
-  const int barriers = 2 * 8 * (stages + kKeyTiles + 4 + 8);
+  constexpr int kStatisticsStages = 8;
+  const int barriers = 2 * 8 * (stages + kKeyTiles + kKeyConsumers + kStatisticsStages);
   const int fp32_columns = (head_dim + 15) / 16 * 16;
   return kKeyTiles * tile_bytes(tiles.tile_k / kKeyConsumers, head_dim) +
          stages * tile_bytes(tiles.tile_q, head_dim) + tile_bytes(tiles.tile_q, tiles.tile_k) +

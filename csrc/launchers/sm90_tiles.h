@@ -109,6 +109,7 @@ int backward_postprocess_shared_bytes(const BackwardTiles& tiles, int head_dim);
 // Rows of out and dout that a service warp of the main kernel prepares at a time: 4 KB of both.
 int prepared_rows(int head_dim);
 constexpr int kBackwardThreads = 384;
+constexpr int kHeadBackwardThreads = 512;  // a warpgroup more, which adds dq up
 constexpr int kBackwardPostprocessThreads = 256;
 
 std::string describe(const ForwardTiles& tiles);

@@ -281,11 +281,11 @@ StatusOr<BackwardSpecialization> sm90_head_backward(const AttentionSpec& spec,
   constant(config, "kHeadTiles", tiles.head_tiles);
   const std::string entry = "flash_head_backward_sm90";
   const std::string source =
-      program("sm90/head_backward.cuh", config, sm90::kBackwardThreads, 1, entry,
+      program("sm90/head_backward.cuh", config, sm90::kHeadBackwardThreads, 1, entry,
               "Sm90HeadBackwardParams", "jfa::sm90::head_backward<Config>(params, shared)",
               needs_shared("sm90::HeadBackwardShapes", shared_bytes));
   BackwardSpecialization result = backward_of(Family::kSm90Head, tiles);
-  result.main = {{source, kHopper}, entry, sm90::kBackwardThreads, shared_bytes};
+  result.main = {{source, kHopper}, entry, sm90::kHeadBackwardThreads, shared_bytes};
   result.head_tiles = tiles.head_tiles;
   return result;
 }

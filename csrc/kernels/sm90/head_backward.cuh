@@ -13,33 +13,34 @@
 //
 // One warp (the producer) keeps the copy engine busy; two warpgroups (consumers) own 64 keys of a
 // key tile each. They compute scores^T and dprobs^T, rows being keys, from k and v in registers, so
-// that probs^T and dscores^T feed dv and dk from registers. dscores goes through shared memory for
-// dq, of which each consumer adds what its own keys give: nothing but the sums goes from one to the
-// other. The three warps beside the producer work out lse and delta of the rows of heads to come.
+// that probs^T and dscores^T feed dv and dk from registers. dscores goes through shared memory to a
+// warpgroup of its own (the summer), which alone knows dq: with it the chain of a consumer's steps,
+// which binds, has neither that product nor the sums. The three warps beside the producer work out
+// lse and delta of the rows of heads to come.
 //
 //   ring        stages        filled with                  released
 //   keys        2, of each    64 rows of k, and behind     by a thread of the consumer, when dv has
 //               consumer      them dv                      been read
 //   query       kQueryStages  q and lse of a query tile    by each consumer's threads, after dk
 //   dout        kDoutStages   dout and delta               by each consumer's threads, after dv
-//   added       4             a step's sums of dq, by      by consumer 1's threads, when they have
-//                             consumer 0's threads         added to them
+//   dscores     1, of each    dscores of a step, by the    by a thread of each of the summer's
+//               consumer      consumer's threads           warps, after their part of dq
 //   statistics  8             lse and delta of a query     by the producer, which has them copied
 //                             tile, in the workspace, by
 //                             threads of three warps
 //
 //   barrier  threads               what it orders
-//   1, 2     a consumer (128)      stores and reads of its dscores and of what takes their place
-//   3        both consumers (256)  their results, before those that are not finite are read back;
-//                                  rows that the other warps clear are never summed anew
+//   1, 2     a consumer (128)      stores and copies of what takes the place of its dscores
+//   3        consumers and summer  their results, before those that are not finite are read back;
+//            (384)                 rows that the other warps clear are never summed anew
 //
-// Consumer 1 adds to the sums of a step behind consumer 0; consumer 0 adds to a query tile when
-// consumer 1 has done so with the key tile before, and may else be some steps ahead. Each starts
-// the first products of the next step as soon as it can: the last step of a key tile starts the
-// first one of the next, which runs while dk and dv are on their way.
+// The summer adds what consumer 0 gives of a step before what consumer 1 does, so that neither is
+// more than a step ahead of it. Each consumer starts the first products of the next step as soon as
+// it can: the last step of a key tile starts the first one of the next, which runs while dk and dv
+// are on their way.
 //
-// What binds without a mask is the chain of a consumer's own steps: of 2,900 cycles a step at head
-// dim 64 the tensor cores work 1,280 and shared memory 1,770 (docs/tuning.md).
+// What binds without a mask is still the chain of a consumer's own steps: of 2,600 cycles a step at
+// head dim 64 the tensor cores work 1,280 (docs/tuning.md).
 #pragma once
 
 #include <attention/containment.cuh>
@@ -134,6 +135,7 @@ __device__ __forceinline__ void make_head_statistics(const Sm90HeadBackwardParam
   const HeadWalk<Config> heads(attention);
   const attention::VisibleRange<Config> range(attention);
   typename Shapes::StatisticsPosition at;
+  int turn = warp;  // at the passes of a tile, whose number three does not divide
   heads.for_each([&](int batch, int head_k) {
 #pragma unroll 1
     for (int head = head_k * heads.group; head < (head_k + 1) * heads.group; ++head)
@@ -142,7 +144,8 @@ __device__ __forceinline__ void make_head_statistics(const Sm90HeadBackwardParam
         const int first_query = tile * Config::kTileQ;
         stages.statistics.await_empty(at);
         make_statistics<Config, Config::kTileQ, Shapes::kChunksAhead>(
-            backward, batch, head, first_query, warp, [](int, float, float) {});
+            backward, batch, head, first_query, turn, [](int, float, float) {});
+        turn = turn == kStatisticsWarps - 1 ? 0 : turn + 1;
         if (range.key_tiles(first_query).empty())
           clear_rows<Config>(backward.dq, {tile, head, batch}, Config::kTileQ, attention.seqlen_q,
                              warp, kStatisticsWarps);
@@ -206,7 +209,6 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
 
   typename Shapes::Gradient dk;
   typename Shapes::Gradient dv;
-  typename Shapes::Gradient dq;
   Scores scores;
   Scores dprobs;
   // The warp's rows of k and of v of the key tile.
@@ -217,10 +219,15 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
   ColumnStatistics<Scores, kAhead> lse;
   ColumnStatistics<Scores, kAhead> delta;
   unsigned number = 0;  // of the key tile
-  unsigned steps = 0;   // so far
+  unsigned sent = 0;    // dscores, so far
   tile::RingCursor<Config::kQueryStages> query_at;
   tile::RingCursor<Config::kDoutStages> dout_at;
   const auto keys = stages.keys_of(consumer);
+  const auto dscores = stages.dscores_of(consumer);
+  const unsigned dscores_tile = stages.dscores_tile(consumer);
+  const auto await_dscores = [&] {  // until those sent have been read
+    dscores.await_empty(typename Shapes::DscoresPosition{sent});
+  };
   const auto keys_at = [&] { return typename Shapes::KeyPosition{number}; };
 
   // A tile in a stage, as wgmma finds it.
@@ -246,71 +253,30 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
     return reinterpret_cast<const float*>(stages.memory + offset +
                                           stage * Shapes::kStatisticsBytes);
   };
-  // The step that is worked on: of which key tile's walk, how many are left of that, and where its
-  // dq goes. Kept from step to step, since the other consumer waits for what would be worked out
-  // beside dq.
+  // The step that is worked on: of which key tile's walk, and how many are left of that.
   struct Work {
     attention::TilePlace place;
     attention::Range query_tiles;  // of the walk
     Step step;
     int remaining;
-    bool skips;        // this consumer the first step of the walk
-    bool other_skips;  // the other one
-    unsigned char* sums;
-    bool adds_first;  // to sums that hold nothing yet
-    bool adds_last;   // and writes dq
+    bool skips;  // this consumer the first step of the walk
   };
   Work work{};
-  // By how many steps consumer 1 may be behind when consumer 0 adds. From a query tile of one key
-  // tile to the same of the next pass the steps from there to the end of the first walk, and those
-  // of the second one before it: all of a walk, if both begin with the same query tile, or else, as
-  // 128 keys are two query tiles, 3 and more. The last walk is the shortest. With a limit on the
-  // left walks end sooner. Dropout has no register for that.
-  static_assert(Shapes::kSumsStages - 1 <= 3, "see above");
-  const auto shortest_walk = [&] {
-    const int last_query_tile = max(0, heads.query_tiles - 1);
-    const attention::Range tiles =
-        attention::VisibleRange<Config>(attention).key_tiles(last_query_tile * Config::kTileQ);
-    return Walk(attention, {max(0, tiles.end - 1), 0, 0}).steps();
-  };
-  const bool is_limited = Config::kWindowed && attention.window_left < attention.seqlen_k;
-  const int lag =
-      Config::kDropout || is_limited ? 1 : max(1, min(shortest_walk(), Shapes::kSumsStages - 1));
-  // Of the additions to a query tile those of consumer 0 come first, with each key tile, where it
-  // does not skip them.
-  const auto set_order = [&] {
-    const attention::Range key_tiles =
-        attention::VisibleRange<Config>(attention).key_tiles(work.step.query_tile * Config::kTileQ);
-    const bool other_skips = work.other_skips && work.step.query_tile == work.query_tiles.begin;
-    work.adds_first = work.place.tile == key_tiles.begin && (consumer == 0 || other_skips);
-    work.adds_last = work.place.tile == key_tiles.end - 1 && (consumer == 1 || other_skips);
-  };
-  const auto set_sums = [&] {
-    const int head = work.step.head - work.place.head * heads.group;
-    work.sums = stages.memory + Shapes::kSumsOffset +
-                (head * heads.query_tiles + work.step.query_tile) * Shapes::Sums::kBytes;
-  };
   const auto begin_walk = [&] {
     work.place = stages.places.get(number % Shapes::kPlaces);
     if (work.place.tile == kNoTile) return;
     const Walk walk(attention, work.place);
     work.query_tiles = walk.query_tiles;
     work.skips = skips_first<Config>(attention, walk, consumer);
-    work.other_skips = skips_first<Config>(attention, walk, 1 - consumer);
     work.remaining = walk.steps() - work.skips;
     work.step = walk.first();
     work.step.query_tile += work.skips;
-    set_order();
-    set_sums();
   };
   const auto advance_walk = [&] {
-    work.sums += Shapes::Sums::kBytes;
     if (++work.step.query_tile == work.query_tiles.end) {
       work.step.query_tile = work.query_tiles.begin;
       ++work.step.head;
-      set_sums();
     }
-    if constexpr (Config::kWindowed) set_order();  // otherwise the same for all queries
   };
   const auto is_first_step = [&] {  // of the walk
     return work.step.query_tile == work.query_tiles.begin + work.skips &&
@@ -332,7 +298,7 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
             static_cast<long long>(first_row) * attention.v.row_stride,
         attention.v.row_stride, attention.seqlen_k - first_row);
   };
-  // A step that this consumer skips: what the others wait for.
+  // A step that this consumer skips: what the producer waits for.
   const auto skip_operands = [&] {
     stages.query.wait_full(query_at);
     stages.query.release(query_at.stage());
@@ -340,21 +306,6 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
     stages.dout.wait_full(dout_at);
     stages.dout.release(dout_at.stage());
     dout_at.advance();
-  };
-  const auto await_sums = [&] {
-    if (consumer == 0) {
-      stages.added.await_empty(typename Shapes::SumsPosition{steps + Shapes::kSumsStages - lag});
-    } else {
-      stages.added.wait_full(typename Shapes::SumsPosition{steps});
-    }
-  };
-  const auto tell_sums = [&] {
-    if (consumer == 0) {
-      stages.added.finish_fill(typename Shapes::SumsPosition{steps});
-    } else {
-      stages.added.release(steps % Shapes::kSumsStages);
-    }
-    ++steps;
   };
   const auto next_skips = [&] {
     if constexpr (!Config::kWindowed) return false;
@@ -380,16 +331,15 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
   // tile and the first one of the next, and of k.
   const auto leads = [] { return ptx::reread_thread() % 128 == 0; };
   const auto await_consumer = [&] { ptx::barrier_sync(Shapes::kConsumerBarrier + consumer, 128); };
-  const unsigned dscores = stages.shared + Shapes::kDscoresOffset + consumer * DscoresTile::kBytes;
   static_assert(DscoresTile::kBytes == KeyTile::kBytes, "dk takes the place of dscores");
   bool finite = true;
   const auto send_key_gradients = [&] {
     if constexpr (Config::kWindowed) finite &= dk.is_finite() && dv.is_finite();
     dk.scale(attention.softmax_scale);
     if constexpr (Config::kDropout) dv.scale(attention.dropout_scale);
-    await_consumer();  // all products of dscores and k are done
+    await_dscores();  // the summer has read them all, and k
     const unsigned staged_dv = stages.key_tile(consumer, (number - 1) % Shapes::kKeyStages);
-    tile::store_accumulator<Element, KeyTile, 16, 1>(dscores, 0, dk, warp * 16, 0);
+    tile::store_accumulator<Element, KeyTile, 16, 1>(dscores_tile, 0, dk, warp * 16, 0);
     tile::store_accumulator<Element, KeyTile, 16, 1>(staged_dv, 0, dv, warp * 16, 0);
     ptx::fence_async_proxy();
     await_consumer();
@@ -399,7 +349,7 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
         ptx::tma_store(map, staged, 0, row, work.place.head,
                        attention::own_batch(work.place.batch, batches));
       };
-      store(params.dk, dscores, backward.dk.batches);
+      store(params.dk, dscores_tile, backward.dk.batches);
       store(params.dv, staged_dv, backward.dv.batches);
       ptx::bulk_commit();
     }
@@ -407,11 +357,7 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
   const auto load_lse = [&] { lse.load(statistics(Shapes::kLseOffset, query_at.stage())); };
 
   ask_values(0);
-  if (next_skips()) {
-    skip_operands();
-    await_sums();
-    tell_sums();
-  }
+  if (next_skips()) skip_operands();
   await_scores(true);
   start_scores();
   await_dprobs(true);
@@ -437,11 +383,16 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
                            statistics(Shapes::kLseOffset, query_at.stage()));
     rounded_dscores.template pack<Element>(dprobs);
     const bool begins = is_first_step();
-    if (begins && leads()) ptx::bulk_wait_read<0>();  // dk and dv of the key tile before
-    await_consumer();  // no warp reads dscores of the step before any more
-    if (begins && leads() && number > 0) keys.release((number - 1) % Shapes::kKeyStages);
+    if (begins) {
+      if (leads()) {
+        ptx::bulk_wait_read<0>();  // dk and dv of the key tile before
+        if (number > 0) keys.release((number - 1) % Shapes::kKeyStages);
+      }
+      await_consumer();
+    }
     if (work.remaining == 1) ask_values(number + 1);  // k of it comes where that has been let go of
-    tile::store_transposed<DscoresTile>(dscores, rounded_dscores, warp);
+    await_dscores();
+    tile::store_transposed<DscoresTile>(dscores_tile, rounded_dscores, warp);
     tile::start_register_product<Element>(
         dv, rounded_probs, columns_of(QueryTile(), Shapes::kDoutOffset, dout_at.stage()), 0,
         !begins);
@@ -449,41 +400,23 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
         dk, rounded_dscores, columns_of(QueryTile(), Shapes::kQueryOffset, query_at.stage()), 0,
         !begins);
     ptx::fence_async_proxy();  // behind the products' start, which takes as long as the stores
-    const typename Shapes::Sums sums(work.sums);
-    await_sums();
-    if (!work.adds_first) sums.load(dq);
-    await_consumer();  // all dscores are there
-    tile::start_shared_product<Element, Shapes::kKeySteps>(
-        dq, rows_of(DscoresTile(), Shapes::kDscoresOffset, consumer), 0,
-        tile::ColumnDescriptor<KeyTile>(stages.key_tile(consumer, keys_at().stage())), 0,
-        !work.adds_first);
-    ptx::wgmma_wait<1>();  // dv and dk
+    dscores.finish_fill(typename Shapes::DscoresPosition{sent++});
+    ptx::wgmma_wait<1>();  // dv
     // Every thread has read lse and delta for itself.
     stages.dout.release(dout_at.stage());
-    stages.query.release(query_at.stage());
-    query_at.advance();
     dout_at.advance();
+    const int query_stage = query_at.stage();
+    query_at.advance();
     const bool crosses = --work.remaining == 0;
     if (crosses) ++number;
-    const bool skips = crosses && next_skips();
-    if (skips) skip_operands();
+    if (crosses && next_skips()) skip_operands();
     await_scores(crosses);
     start_scores();
     load_lse();
-    ptx::wgmma_wait<1>();  // dq
-    if (!work.adds_last) sums.store(dq);
-    tell_sums();
-    if (skips) {
-      await_sums();
-      tell_sums();
-    }
+    ptx::wgmma_wait<1>();  // dk
+    stages.query.release(query_stage);
     await_dprobs(crosses);
     start_dprobs();
-    if (work.adds_last) {
-      store_query_gradient<Config>(backward, work.place.batch, work.step.head,
-                                   work.step.query_tile * Config::kTileQ + warp * 16, dq);
-      if constexpr (Config::kWindowed) finite &= dq.is_finite();
-    }
     ptx::wgmma_wait<1>();  // scores: over a branch ptxas lets no more than one product run (C7514)
     if (crosses) {
       send_key_gradients();
@@ -496,10 +429,74 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
   if (leads()) ptx::bulk_wait();  // shared memory ends with the CTA
   if constexpr (Config::kWindowed) {
     ptx::fence_async_proxy_global();  // what the copy engine has written is read back
-    if (ptx::barrier_any(Shapes::kEndBarrier, kBackwardConsumers * 128, !finite))
+    if (ptx::barrier_any(Shapes::kEndBarrier, Shapes::kEndThreads, !finite))
       contain_heads<Config>(backward, static_cast<int>(threadIdx.x) / 32 - 4,
                             kBackwardConsumers * 4);
   }
+}
+
+// Adds dq up, and writes it. Threads: a whole warpgroup.
+template <class Config>
+__device__ __forceinline__ void sum_query_gradients(const Sm90HeadBackwardParams& params,
+                                                    const HeadBackwardStages<Config>& stages) {
+  using Shapes = HeadBackwardShapes<Config>;
+  using Element = typename Config::Element;
+  using KeyTile = typename Shapes::KeyTile;
+  using DscoresTile = typename Shapes::DscoresTile;
+  using Walk = typename HeadWalk<Config>::Walk;
+  const AttentionParams& attention = params.backward.attention;
+  const HeadWalk<Config> heads(attention);
+  const attention::VisibleRange<Config> range(attention);
+  const int warp = ptx::uniform(static_cast<int>(threadIdx.x) % 128 / 32);
+  typename Shapes::Gradient dq;
+  bool finite = true;
+  typename Shapes::DscoresPosition dscores_at[kBackwardConsumers];
+#pragma unroll 1
+  for (unsigned number = 0;; ++number) {  // of the key tile
+    const typename Shapes::KeyPosition keys_at{number};
+    for (int consumer = 0; consumer < kBackwardConsumers; ++consumer)
+      stages.keys_of(consumer).wait_full(keys_at);
+    const attention::TilePlace place = stages.places.get(number % Shapes::kPlaces);
+    if (place.tile == kNoTile) break;
+    const Walk walk(attention, place);
+    typename Walk::Step step = walk.first();
+    const bool skips[] = {skips_first<Config>(attention, walk, 0),
+                          skips_first<Config>(attention, walk, 1)};
+#pragma unroll 1
+    for (int remaining = walk.steps(); remaining > 0; --remaining) {
+      const attention::Range key_tiles = range.key_tiles(step.query_tile * Config::kTileQ);
+      const int head = step.head - place.head * heads.group;
+      const typename Shapes::Sums sums(stages.memory + Shapes::kSumsOffset +
+                                       (head * heads.query_tiles + step.query_tile) *
+                                           Shapes::Sums::kBytes);
+      bool onto = place.tile != key_tiles.begin;
+      if (onto) sums.load(dq);
+#pragma unroll
+      for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) {
+        if (skips[consumer] && remaining == walk.steps()) continue;
+        const auto dscores = stages.dscores_of(consumer);
+        dscores.wait_full(dscores_at[consumer]);
+        dscores_at[consumer].advance();
+        tile::start_shared_product<Element, Shapes::kKeySteps>(
+            dq, tile::RowDescriptor<DscoresTile>(stages.dscores_tile(consumer), 0), 0,
+            tile::ColumnDescriptor<KeyTile>(stages.key_tile(consumer, keys_at.stage())), 0, onto);
+        ptx::wgmma_wait<0>();
+        if (ptx::elect_lane()) dscores.release(0);
+        onto = true;
+      }
+      if (place.tile != key_tiles.end - 1) {
+        sums.store(dq);
+      } else {
+        store_query_gradient<Config>(params.backward, place.batch, step.head,
+                                     step.query_tile * Config::kTileQ + warp * 16, dq);
+        if constexpr (Config::kWindowed) finite &= dq.is_finite();
+      }
+      walk.advance(step);
+    }
+  }
+  // Consumers read back what is not finite.
+  if constexpr (Config::kWindowed)
+    ptx::barrier_any(Shapes::kEndBarrier, Shapes::kEndThreads, !finite);
 }
 
 template <class Config>
@@ -523,9 +520,12 @@ __device__ __forceinline__ void head_backward(const Sm90HeadBackwardParams& para
     } else if (ptx::elect_lane()) {
       produce_head_backward<Config>(params, stages);
     }
-  } else {
+  } else if (warpgroup <= kBackwardConsumers) {
     ptx::claim_registers<Shapes::kConsumerRegisters>();
     consume_head_backward<Config>(params, stages, warpgroup - 1);
+  } else {
+    ptx::release_registers<Shapes::kSummerRegisters>();
+    sum_query_gradients<Config>(params, stages);
   }
 }
 

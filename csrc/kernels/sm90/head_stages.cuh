@@ -22,15 +22,18 @@ struct HeadBackwardShapes {
   static_assert(Config::kTileQ == 64, "dq is a product of 64 rows");
   static_assert(Config::kTileK == 64 * kBackwardConsumers, "a consumer owns 64 keys");
   static_assert(Config::kQueryStages > 1 && Config::kDoutStages > 1,
-                "consumer 0 waits for the next step before consumer 1 adds to this one");
+                "a consumer starts the next step before it lets go of this one");
   static_assert(!Config::kWindowed || Config::kQueryStages > 2,
-                "and for the step behind that, where it skips one: two stages would wait forever");
+                "and is a step ahead of the other where it skips one");
   static constexpr int kConsumerBarrier = 1;  // and 2
   static constexpr int kEndBarrier = 3;
-  // The warps that read rows keep many loads on their way; consumers get along with what is left.
-  static constexpr int kConsumerRegisters = 232;
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kChunksAhead = 2;
+  static constexpr int kEndThreads = (kBackwardConsumers + 1) * 128;
+  // 512 in all. The warps that read rows keep many loads on their way, for which dropout leaves
+  // none.
+  static constexpr int kConsumerRegisters = Config::kDropout ? 200 : 192;
+  static constexpr int kSummerRegisters = Config::kDropout ? 72 : 64;
+  static constexpr int kProducerRegisters = Config::kDropout ? 40 : 64;
+  static constexpr int kChunksAhead = Config::kDropout ? 2 : 4;
   static constexpr int kConsumerKeys = 64;
   static constexpr int kHeadDimSteps = (Config::kHeadDim + 15) / 16;
   static constexpr int kQuerySteps = Config::kTileQ / 16;
@@ -45,20 +48,16 @@ struct HeadBackwardShapes {
   using Sums = tile::SharedSums<Gradient>;
 
   static constexpr int kKeyStages = 2;
-  // Consumer 0 is at most kQueryStages steps ahead of consumer 1, which reads q, too, and adds at
-  // most three ahead (head_backward.cuh).
-  static constexpr int kSumsStages = 4;
-  static_assert(Config::kQueryStages <= kSumsStages, "a step is told from the one a round later");
   static constexpr int kStatisticsStages = 8;
   using QueryRing = tile::Ring<Config::kQueryStages>;
   using DoutRing = tile::Ring<Config::kDoutStages>;
   using KeyRing = tile::Ring<kKeyStages>;  // of each consumer
-  using SumsRing = tile::Ring<kSumsStages>;
+  using DscoresRing = tile::Ring<1>;       // of each consumer
   using StatisticsRing = tile::Ring<kStatisticsStages>;
   using QueryPosition = tile::RingPosition<Config::kQueryStages>;
   using DoutPosition = tile::RingPosition<Config::kDoutStages>;
   using KeyPosition = tile::RingPosition<kKeyStages>;
-  using SumsPosition = tile::RingPosition<kSumsStages>;
+  using DscoresPosition = tile::RingPosition<1>;
   using StatisticsPosition = tile::RingPosition<kStatisticsStages>;
   static constexpr int kStatisticsBytes = Config::kTileQ * 4;
   // A place is written when consumer 0 has let go of k of the key tile two before, and consumer 1
@@ -77,8 +76,9 @@ struct HeadBackwardShapes {
   static constexpr int kQueryRingOffset = kPlaceOffset + kPlaces * TilePlaces::kSlotBytes;
   static constexpr int kDoutRingOffset = kQueryRingOffset + QueryRing::kBytes;
   static constexpr int kKeyRingOffset = kDoutRingOffset + DoutRing::kBytes;
-  static constexpr int kSumsRingOffset = kKeyRingOffset + kBackwardConsumers * KeyRing::kBytes;
-  static constexpr int kStatisticsRingOffset = kSumsRingOffset + SumsRing::kBytes;
+  static constexpr int kDscoresRingOffset = kKeyRingOffset + kBackwardConsumers * KeyRing::kBytes;
+  static constexpr int kStatisticsRingOffset =
+      kDscoresRingOffset + kBackwardConsumers * DscoresRing::kBytes;
   static constexpr int kSharedBytes = kStatisticsRingOffset + StatisticsRing::kBytes;
 };
 
@@ -88,22 +88,22 @@ struct HeadBackwardStages : BackwardStages<HeadBackwardShapes<Config>> {
   using Shapes = HeadBackwardShapes<Config>;
   unsigned char* memory;
   TilePlaces places;
-  typename Shapes::SumsRing added;
   typename Shapes::StatisticsRing statistics;
 
   __device__ __forceinline__ explicit HeadBackwardStages(unsigned char* shared_memory)
       : BackwardStages<Shapes>(tile::shared_address(shared_memory)),
         memory(shared_memory),
         places(shared_memory + Shapes::kPlaceOffset),
-        added{this->shared + Shapes::kSumsRingOffset},
         statistics{this->shared + Shapes::kStatisticsRingOffset} {}
 
   // Threads: one, before a CTA barrier.
   __device__ __forceinline__ void init() const {
     this->query.init(kBackwardConsumers * 128);
     this->dout.init(kBackwardConsumers * 128);
-    for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) keys_of(consumer).init(1);
-    added.init(128, /*fillers=*/128);
+    for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) {
+      keys_of(consumer).init(1);
+      dscores_of(consumer).init(/*users=*/4, /*fillers=*/128);
+    }
     statistics.init(1, /*fillers=*/kStatisticsWarps * 32);
     ptx::mbarrier_init_fence();
   }
@@ -111,6 +111,13 @@ struct HeadBackwardStages : BackwardStages<HeadBackwardShapes<Config>> {
   // BackwardStages::keys is consumer 0's.
   __device__ __forceinline__ typename Shapes::KeyRing keys_of(int consumer) const {
     return {this->shared + Shapes::kKeyRingOffset + consumer * Shapes::KeyRing::kBytes};
+  }
+  __device__ __forceinline__ typename Shapes::DscoresRing dscores_of(int consumer) const {
+    return {this->shared + Shapes::kDscoresRingOffset + consumer * Shapes::DscoresRing::kBytes};
+  }
+  // Where a consumer's dscores lie.
+  __device__ __forceinline__ unsigned dscores_tile(int consumer) const {
+    return this->shared + Shapes::kDscoresOffset + consumer * Shapes::DscoresTile::kBytes;
   }
   // Where a consumer's rows of k lie.
   __device__ __forceinline__ unsigned key_tile(int consumer, int stage) const {
