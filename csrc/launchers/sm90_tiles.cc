@@ -125,14 +125,17 @@ int key_walk_shared_bytes(int query_operands, int tile_q, int tile_k, int query_
 int key_walk_threads(int tile_q) { return (tile_q / 64 + 1) * 128; }
 
 // Up to how many queries the split backward is the faster one where both serve. Its two products
-// more cost the same at every length; what it saves weighs less, the longer the walk of a CTA.
-// Dropout is drawn twice. Measurements are in docs/tuning.md.
+// more cost the same at every length, and power: where calls follow each other, clocks are lower.
+// What it saves weighs less, the longer the walk of a CTA. Dropout is drawn twice. Measurements are
+// in docs/tuning.md.
 constexpr std::int64_t kSplitNarrow = 512;  // head dims up to 64
-constexpr std::int64_t kSplitWide = 1024;
+constexpr std::int64_t kSplitWide = 768;
+constexpr std::int64_t kSplitWideMasked = 1024;
 constexpr std::int64_t kSplitDeterministic = 1024;      // head dims up to 64
 constexpr std::int64_t kSplitWideDeterministic = 4096;  // up to 128 and causal; above those always
 static_assert(is_seqlen_limit(kSplitNarrow) && is_seqlen_limit(kSplitWide) &&
-                  is_seqlen_limit(kSplitDeterministic) && is_seqlen_limit(kSplitWideDeterministic),
+                  is_seqlen_limit(kSplitWideMasked) && is_seqlen_limit(kSplitDeterministic) &&
+                  is_seqlen_limit(kSplitWideDeterministic),
               "calls of one plan run the same kernels");
 
 // Above this head dim and from so many queries on, causal calls with one round of key tiles are
@@ -160,10 +163,10 @@ bool fills(std::int64_t units, std::int64_t workers, double gain) {
 constexpr double kHeadGain = 1.2;
 
 // From how many queries on clusters are faster than the split form, as measured at head dim 256: by
-// 4% at 4k and 7 to 13% at 8k and 16k without a mask, by 4 to 8% at 8k and 16k causal. What is
-// fixed of a group of key tiles weighs less, the longer its walk.
+// 2 to 5% at 2k, 4% at 4k and 7 to 13% at 8k and 16k without a mask, by 4 to 8% at 8k and 16k
+// causal. What is fixed of a group of key tiles weighs less, the longer its walk.
 constexpr int kClusterHeadDim = 192;
-constexpr std::int64_t kClusterFull = 4096;
+constexpr std::int64_t kClusterFull = 2048;
 constexpr std::int64_t kClusterCausal = 8192;
 constexpr double kClusterGain = 1.03;
 // Clusters leave multiprocessors over, and how many run at a time differs from GPU to GPU: on an
@@ -180,7 +183,8 @@ std::int64_t split_seqlen(const AttentionSpec& spec, std::int64_t head_dim) {
                : std::numeric_limits<std::int64_t>::max();
   }
   if (spec.dropout()) return -1;
-  return head_dim <= 64 ? kSplitNarrow : kSplitWide;
+  if (head_dim <= 64) return kSplitNarrow;
+  return spec.windowed() ? kSplitWideMasked : kSplitWide;
 }
 
 template <typename Tiles, std::size_t kRows>

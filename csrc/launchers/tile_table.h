@@ -19,7 +19,7 @@ bool serves(Features features, const AttentionSpec& spec);
 
 // The numbers of queries up to which the tables may choose otherwise than beyond. A call's plan
 // serves all calls of its length class: how many of the limits are below its number of queries.
-constexpr std::int64_t kSeqlenLimits[] = {512, 1024, 4096};
+constexpr std::int64_t kSeqlenLimits[] = {512, 768, 1024, 4096};
 constexpr std::int64_t kAnySeqlen = std::numeric_limits<std::int64_t>::max();
 
 constexpr int length_class(std::int64_t seqlen_q) {

@@ -61,8 +61,10 @@ def test_short_masked_sequences_have_tiles_of_their_own():
         (128, 4096, {"deterministic": True, "causal": True}, True),
         (128, 4097, {"deterministic": True, "causal": True}, False),
         (128, 4097, {"deterministic": True, "causal": True, "softcap": 5.0}, True),
-        (128, 1024, {}, True),
-        (128, 1025, {}, False),
+        (128, 768, {}, True),
+        (128, 769, {}, False),
+        (128, 1024, {"window_size": (900, 900)}, True),
+        (128, 1025, {"window_size": (900, 900)}, False),
         (128, 1024, {"causal": True}, True),
         (128, 1025, {"causal": True}, False),
         (256, 16384, {}, True),
@@ -96,7 +98,7 @@ def many_heads(batch=33, seqlen_q=512, heads=4, heads_k=4, head_dim=64):
         ({"batch": 11, "head_dim": 64, "seqlen_q": 512}, {}, True),
         ({"batch": 11, "heads": 8}, {"deterministic": True}, True),
         ({"batch": 5, "heads": 8}, {"dtype": jnp.float16}, True),  # no copies
-        ({"batch": 11}, {"causal": False}, True),
+        ({"batch": 11, "seqlen_q": 768}, {"causal": False}, True),
         ({"batch": 11}, {"causal": False, "window_size": (900, 900)}, True),
         ({"batch": 11}, {"deterministic": True}, True),
     ],
@@ -122,7 +124,8 @@ def test_one_causal_round_of_key_tiles_is_fused(sizes, options, is_split):
         (many_heads(seqlen_q=256, heads=8), {}, True),
         (many_heads(seqlen_q=257, heads=8), {}, False),
         (many_heads(batch=34), {}, False),  # 128 multiprocessors would idle
-        (many_heads(batch=32), {}, True),
+        (many_heads(batch=28), {}, True),
+        (many_heads(batch=27), {}, False),  # and here 24
     ],
 )
 def test_when_ctas_take_whole_heads(operands, options, takes_heads):
@@ -146,8 +149,8 @@ def long_heads(batch=1, seqlen_q=16384, seqlen_k=16384, heads=8, head_dim=256):
         (long_heads(), {"deterministic": True}, False),
         (long_heads(), {"causal": True}, True),
         (long_heads(), {"window_size": (9000, 0)}, False),
-        (long_heads(4, 4096, 4096), {}, True),
-        (long_heads(4, 4095, 4096), {}, False),
+        (long_heads(4, 2048, 4096), {}, True),
+        (long_heads(4, 2047, 4096), {}, False),
         (long_heads(4, 8192, 4096), {"causal": True}, True),
         (long_heads(4, 8191, 4096), {"causal": True}, False),
         (long_heads(1, 4096, 192, heads=30), {}, True),
