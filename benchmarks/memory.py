@@ -32,15 +32,19 @@ _LENGTHS = "512,1024,2048,4096,8192,16384,32768,65536"
 _HEADS = 16
 
 
-def _workload(seqlen: int, heads: int) -> Workload:
+def _workload(seqlen: int, heads: int, heads_k: int) -> Workload:
     source = "the head_dim of Llama 3, arXiv:2407.21783"
     return Workload(
-        f"memory_s{seqlen}", 1, seqlen, heads, heads, 128, causal=True, source=source
+        f"memory_s{seqlen}", 1, seqlen, heads, heads_k, 128, causal=True, source=source
     )
 
 
 def measure(
-    contender_name: str, seqlen: int, gradients: bool, heads: int = _HEADS
+    contender_name: str,
+    seqlen: int,
+    gradients: bool,
+    heads: int = _HEADS,
+    heads_k: int | None = None,
 ) -> dict[str, Any]:
     """Returns the memory that one contender takes for one length.
 
@@ -49,15 +53,16 @@ def measure(
         seqlen: the sequence length, with one batch entry, heads of 128, causal.
         gradients: the forward and the backward pass instead of the forward alone.
         heads: how many heads.
+        heads_k: how many key heads, as many by default.
 
     Returns:
         A JSON object: `planned_bytes`, and on a GPU `peak_bytes` where the process has
         not held more before, both without the operands; or a `status` and a `reason`.
     """
-    workload = _workload(seqlen, heads)
+    workload = _workload(seqlen, heads, heads_k or heads)
     mode = "both" if gradients else "fwd"
     fields: dict[str, Any] = {"contender": contender_name, "seqlen": seqlen}
-    fields |= {"mode": mode, "heads": heads}
+    fields |= {"mode": mode, "heads": heads, "heads_k": workload.heads_k}
     try:
         attend = contenders()[contender_name].build(workload)
         operands = jax.block_until_ready(arrays.make(workload).every)
@@ -89,14 +94,19 @@ def _peak(compiled: Any, arguments: Sequence[jax.Array]) -> int | None:
 
 
 def measure_elsewhere(
-    name: str, seqlens: Sequence[int], mode: str, heads: int = _HEADS
+    name: str,
+    seqlens: Sequence[int],
+    mode: str,
+    heads: int = _HEADS,
+    heads_k: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Runs `measure` in a process of its own, from short to long, as peaks only rise.
 
     Yields what it prints, line by line.
     """
     lengths = sorted(seqlens)
-    cells = f"--cells={name};{','.join(map(str, lengths))};{mode};{heads}"
+    key_heads = heads_k or heads
+    cells = f"--cells={name};{','.join(map(str, lengths))};{mode};{heads};{key_heads}"
     # Autotuning allocates on the device, too, and would show in the peak.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     variables = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags}
@@ -115,7 +125,7 @@ def measure_elsewhere(
                 lengths.pop(0)
         errors.seek(0)
         reason = (errors.read().splitlines() or ["no output"])[-1]
-    fields = {"contender": name, "mode": mode, "heads": heads}
+    fields = {"contender": name, "mode": mode, "heads": heads, "heads_k": key_heads}
     for seqlen in lengths:
         yield {**fields, "seqlen": seqlen, "status": "error", "reason": reason}
 
@@ -125,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--contenders", default="ours,jax-xla", help="default: %(default)s")
     add("--seqlens", default=_LENGTHS, help="default: %(default)s")
+    add("--key-heads", type=int, help="default: as many as heads, 16")
     add("--out", type=Path, default=Path("memory.jsonl"), help="default: %(default)s")
     add("--plot", type=Path, help="PNG to write")
     add("--cells", help=argparse.SUPPRESS)
@@ -135,9 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the memory benchmark's command line; returns the exit status."""
     options = _parser().parse_args(argv)
     if options.cells:
-        name, seqlens, mode, heads = options.cells.split(";")
+        name, seqlens, mode, heads, heads_k = options.cells.split(";")
         for seqlen in seqlens.split(","):
-            line = measure(name, int(seqlen), mode == "both", int(heads))
+            line = measure(name, int(seqlen), mode == "both", int(heads), int(heads_k))
             print(json.dumps(line), flush=True)
         return 0
     seqlens = [int(seqlen) for seqlen in options.seqlens.split(",")]
@@ -146,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = []
     with options.out.open("w") as file, bar:
         for mode, name in itertools.product(("fwd", "both"), names):
-            for line in measure_elsewhere(name, seqlens, mode):
+            for line in measure_elsewhere(
+                name, seqlens, mode, heads_k=options.key_heads
+            ):
                 lines.append(line)
                 file.write(json.dumps({"kind": "memory", **line}) + "\n")
                 file.flush()

@@ -117,6 +117,12 @@ def test_memory_is_measured_by_length(tmp_path, monkeypatch):
     assert planned.keys() == {(n, s) for n in ("ours", "jax-xla") for s in (64, 128)}
 
 
+def test_memory_is_measured_with_fewer_key_heads():
+    every, few = (memory.measure("ours", 64, True, 4, heads_k) for heads_k in (None, 2))
+    assert (every["heads_k"], few["heads_k"]) == (4, 2)
+    assert few["planned_bytes"] < every["planned_bytes"]  # dk and dv
+
+
 def test_memory_says_why_a_process_gave_nothing(monkeypatch):
     monkeypatch.setattr(memory.sys, "executable", "false")
     lines = list(memory.measure_elsewhere("ours", (128, 64), "both"))
