@@ -23,6 +23,14 @@ __device__ __forceinline__ void tma_load(unsigned shared, const TensorMap& map, 
       : "memory");
 }
 
+// Asks for a box to be brought to L2. Threads: one.
+__device__ __forceinline__ void tma_prefetch(const TensorMap& map, int column, int row, int head,
+                                             int batch) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map),
+               "r"(column), "r"(row), "r"(head), "r"(batch)
+               : "memory");
+}
+
 // Starts the copy of contiguous bytes to shared memory; they count towards the barrier's phase.
 // Threads: one. Needs: addresses and size multiples of 16.
 __device__ __forceinline__ void bulk_load(unsigned shared, const void* global, int bytes,

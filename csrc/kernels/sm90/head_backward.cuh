@@ -98,11 +98,13 @@ __device__ __forceinline__ void produce_head_backward(const Sm90HeadBackwardPara
           keys.await_empty(at);
           if (consumer == 0) stages.places.put(number % Shapes::kPlaces, place);
           keys.announce(at, KeyTile::kBytes);
-          load_tile<KeyTile>(
-              stages.key_tile(consumer, at.stage()), params.k, keys.full(at.stage()),
-              ptx::kEvictFirst,
-              walk.first_key + half_of<Config>(consumer, tile) * Shapes::kConsumerKeys, head,
-              attention::own_batch(batch, attention.k.batches));
+          const int row = walk.first_key + half_of<Config>(consumer, tile) * Shapes::kConsumerKeys;
+          load_tile<KeyTile>(stages.key_tile(consumer, at.stage()), params.k, keys.full(at.stage()),
+                             ptx::kEvictFirst, row, head,
+                             attention::own_batch(batch, attention.k.batches));
+          // Consumers read it from there when they need it.
+          ptx::tma_prefetch(params.v, 0, row, head,
+                            attention::own_batch(batch, attention.v.batches));
         }
       };
       load_queries<Config>(
@@ -507,6 +509,7 @@ __device__ __forceinline__ void head_backward(const Sm90HeadBackwardParams& para
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(params.q);
     ptx::prefetch_tensor_map(params.k);
+    ptx::prefetch_tensor_map(params.v);
     ptx::prefetch_tensor_map(params.dout);
     stages.init();
   }
