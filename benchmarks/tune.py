@@ -154,6 +154,7 @@ class HeadBackwardTiles(Tiles):
     query_stages: int
     dout_stages: int
     head_tiles: int
+    passes: int
 
     def fits(self, head_dim: int) -> bool:
         """Returns whether there is a kernel for it, and shared memory."""
@@ -236,8 +237,10 @@ def split_backward_candidates(head_dim: int) -> Iterator[SplitBackwardTiles]:
 
 def head_backward_candidates(head_dim: int) -> Iterator[HeadBackwardTiles]:
     """Yields the tiles worth trying for a head dim."""
-    for query_stages, dout_stages in itertools.product((2, 3, 4), (2, 3, 4)):
-        candidate = HeadBackwardTiles(64, 128, query_stages, dout_stages, 8)
+    for stages, passes in itertools.product(
+        itertools.product((2, 3, 4), (2, 3, 4)), (1, 2)
+    ):
+        candidate = HeadBackwardTiles(64, 128, *stages, 8, passes)
         if candidate.fits(head_dim):
             yield candidate
 
@@ -399,7 +402,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=tuple(TILES),
         default="forward",
         help="split_backward: dq by itself, dk and dv by themselves; head_backward: "
-        "CTAs take whole heads, of up to 512 queries",
+        "CTAs take whole heads, of up to 1,024 queries",
     )
     add("--head-dim", type=int, default=128, metavar="D", help="default: %(default)s")
     add("--mask", choices=("full", "causal"), default="causal")

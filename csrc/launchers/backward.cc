@@ -39,7 +39,7 @@ PlanTable<BackwardPlan>& plans() {
 StatusOr<PlanKey> key_of(const BackwardCall& call, int device) {
   JFA_ASSIGN_OR_RETURN(const runtime::DeviceInfo* info, runtime::device_info(device));
   PlanKey key = plan_key(call.spec, call.shape, device);
-  for (const bool suits : {sm90::suits_heads(call.shape, info->multiprocessors),
+  for (const bool suits : {sm90::suits_heads(call.spec, call.shape, info->multiprocessors),
                            sm90::suits_one_round(call.spec, call.shape, info->multiprocessors),
                            sm90::suits_clusters(call.spec, call.shape, info->multiprocessors)})
     key.values.back() = 2 * key.values.back() + (suits ? 1 : 0);
@@ -299,9 +299,13 @@ Status run_head(const BackwardCall& call, const BackwardPlan& plan,
   };
   JFA_RETURN_IF_ERROR(fill(params.dk, call.dk));
   JFA_RETURN_IF_ERROR(fill(params.dv, call.dv));
-  return launch(*plan.main, specialization.main,
-                std::min<std::int64_t>(plan.multiprocessors, shape.batch * shape.heads_k), stream,
-                &params);
+  params.partial_tiles = static_cast<int>(sm90::head_partial_tiles(call.spec, shape));
+  const std::int64_t ctas = sm90::head_ctas(call.spec, shape, plan.multiprocessors);
+  if (ctas == 0)
+    return Status::unimplemented(
+        "dk and dv of a key head of the sm90head family wait in the workspace, which is too small "
+        "for them.");
+  return launch(*plan.main, specialization.main, ctas, stream, &params);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #include "launchers/attention_params.h"
 #include "launchers/tile_table.h"
+#include "params/backward_params.h"
 
 namespace jax_flash_attn::launchers::sm90 {
 namespace {
@@ -84,16 +85,28 @@ static_assert(key_tiles_are(kClusterBackward, kClusterTileK),
               "suits_clusters() is asked before a row is chosen");
 
 // For short sequences of many heads.
-//                                        tile_q  tile_k  query, dout stages  head_tiles
+//                                        tile_q  tile_k  query, dout stages  head_tiles  passes
 constexpr Row<HeadBackwardTiles> kHeadBackward[] = {
-    {64, Features::kNoSoftcap, {64, 128, 3, 2, 8}},
+    {64, Features::kNoSoftcap, {64, 128, 3, 2, 8, 1}, 512},
+    {64, Features::kNoSoftcap, {64, 128, 3, 2, 8, 2}, 1024},
 };
 constexpr int kHeadTileQ = 64;  // of every row
+constexpr int kHeadTileK = 128;
 constexpr int kHeadTiles = 8;
+constexpr int kHeadPasses = 2;
+constexpr std::int64_t kHeadSeqlen = 512;  // of one pass
+// From here on two are faster than the fused form under a causal mask, and than the split form,
+// which adds in the same order, where gradients are deterministic (docs/tuning.md).
+constexpr std::int64_t kHeadPassesSeqlen = 769;
+static_assert(is_seqlen_limit(kHeadSeqlen) && is_seqlen_limit(kHeadPassesSeqlen - 1),
+              "calls of one plan run the same kernels");
 template <std::size_t kRows>
 constexpr bool heads_are_known(const Row<HeadBackwardTiles> (&rows)[kRows]) {
   for (const Row<HeadBackwardTiles>& row : rows)
-    if (row.tiles.tile_q != kHeadTileQ || row.tiles.head_tiles != kHeadTiles) return false;
+    if (row.tiles.tile_q != kHeadTileQ || row.tiles.tile_k != kHeadTileK ||
+        row.tiles.head_tiles != kHeadTiles ||
+        row.tiles.passes != (row.max_seqlen_q > kHeadSeqlen ? kHeadPasses : 1))
+      return false;
   return true;
 }
 static_assert(heads_are_known(kHeadBackward), "suits_heads() is asked before a row is chosen");
@@ -243,15 +256,47 @@ Status check_head_fits(int head_tiles, int tile_q, const AttentionShape& shape) 
                                std::to_string(query_tiles) + ".");
 }
 
-bool suits_heads(const AttentionShape& shape, int multiprocessors) {
-  return shape.seqlen_k > 0 && head_query_tiles(shape, kHeadTileQ) <= kHeadTiles &&
-         fills(shape.batch * shape.heads_k, multiprocessors, kHeadGain);
+std::int64_t head_partial_tiles(const AttentionSpec& spec, const AttentionShape& shape) {
+  if (head_query_tiles(shape, kHeadTileQ) <= kHeadTiles) return 0;
+  const std::int64_t key_tiles = ceil_div(shape.seqlen_k, kHeadTileK);
+  // Under a causal mask none that the last pass sees alone.
+  const std::int64_t passes = ceil_div(ceil_div(shape.seqlen_q, kHeadTileQ), kHeadTiles);
+  if (spec.causal() && shape.seqlen_q == shape.seqlen_k && shape.heads == shape.heads_k)
+    return std::min(key_tiles, (passes - 1) * kHeadTiles * kHeadTileQ / kHeadTileK);
+  return key_tiles;
+}
+
+std::int64_t head_ctas(const AttentionSpec& spec, const AttentionShape& shape,
+                       int multiprocessors) {
+  const auto round_up = [](std::int64_t value, std::int64_t multiple) {
+    return ceil_div(value, multiple) * multiple;
+  };
+  const std::int64_t ctas = std::min<std::int64_t>(multiprocessors, shape.batch * shape.heads_k);
+  const std::int64_t of_cta =
+      head_partial_tiles(spec, shape) * 2 * kHeadTileK * round_up(shape.head_dim, 16);
+  if (of_cta == 0) return ctas;
+  const std::int64_t workspace = shape.batch * shape.heads *
+                                 round_up(shape.seqlen_q, jfa::kWorkspaceRowMultiple) *
+                                 round_up(shape.head_dim, jfa::kWorkspaceColumnMultiple);
+  return std::min(ctas, workspace / of_cta);
+}
+
+bool suits_heads(const AttentionSpec& spec, const AttentionShape& shape, int multiprocessors) {
+  if (shape.seqlen_k == 0) return false;
+  const int passes = shape.seqlen_q > kHeadSeqlen ? kHeadPasses : 1;
+  if (passes > 1 && (shape.seqlen_q < kHeadPassesSeqlen ||
+                     !(spec.causal() || (spec.deterministic && !spec.windowed()))))
+    return false;
+  return head_query_tiles(shape, kHeadTileQ) <= kHeadTiles * passes &&
+         fills(shape.batch * shape.heads_k, multiprocessors, kHeadGain) &&
+         head_ctas(spec, shape, multiprocessors) >=
+             std::min<std::int64_t>(multiprocessors, shape.batch * shape.heads_k);
 }
 
 bool takes_heads(const AttentionSpec& spec, const AttentionShape& shape, const Target& target) {
   // Deterministic gradients of a row do not depend on how many others there are: the split form
   // adds in the same order (sm90/key_order.cuh).
-  return suits_heads(shape, target.multiprocessors) &&
+  return suits_heads(spec, shape, target.multiprocessors) &&
          head_backward_tiles(spec, shape, target).ok();
 }
 
@@ -317,7 +362,8 @@ int head_backward_shared_bytes(const HeadBackwardTiles& tiles, int head_dim) {
 std::string describe(const HeadBackwardTiles& tiles) {
   return "sm90 head, " + std::to_string(tiles.tile_q) + "x" + std::to_string(tiles.tile_k) + ", " +
          std::to_string(tiles.query_stages) + " + " + std::to_string(tiles.dout_stages) +
-         " stages, " + std::to_string(tiles.head_tiles) + " query tiles";
+         " stages, " + std::to_string(tiles.head_tiles) + " query tiles" +
+         (tiles.passes > 1 ? ", up to " + std::to_string(tiles.passes) + " passes" : "");
 }
 
 int query_gradient_shared_bytes(const SplitBackwardTiles& tiles, int head_dim) {

@@ -49,6 +49,7 @@ struct HeadBackwardTiles {
   int query_stages;
   int dout_stages;
   int head_tiles;  // query tiles of a key head, of all query heads that read it, that fit
+  int passes;      // by which they come, at most
 };
 
 // Of a backward by clusters of CTAs (sm90/cluster_backward.cuh).
@@ -84,7 +85,11 @@ runtime::Status check_head_fits(int head_tiles, int tile_q, const AttentionShape
 
 // Whether the CTAs of a backward better take whole heads, as far as the shape goes: dq of one fits
 // into shared memory, and there are enough for the multiprocessors. Of each call, in little time.
-bool suits_heads(const AttentionShape& shape, int multiprocessors);
+bool suits_heads(const AttentionSpec& spec, const AttentionShape& shape, int multiprocessors);
+// Of how many key tiles, from the first on, dk and dv wait in the workspace between passes.
+std::int64_t head_partial_tiles(const AttentionSpec& spec, const AttentionShape& shape);
+// How many CTAs can take heads at a time, for each of which they wait there.
+std::int64_t head_ctas(const AttentionSpec& spec, const AttentionShape& shape, int multiprocessors);
 // Whether they do.
 bool takes_heads(const AttentionSpec& spec, const AttentionShape& shape, const Target& target);
 

@@ -273,12 +273,13 @@ StatusOr<BackwardSpecialization> sm90_head_backward(const AttentionSpec& spec,
   JFA_ASSIGN_OR_RETURN(const sm90::HeadBackwardTiles tiles,
                        chosen_tiles(forced, spec, shape, target, sm90::head_backward_tiles,
                                     sm90::head_backward_shared_bytes));
-  JFA_RETURN_IF_ERROR(sm90::check_head_fits(tiles.head_tiles, tiles.tile_q, shape));
+  JFA_RETURN_IF_ERROR(sm90::check_head_fits(tiles.head_tiles * tiles.passes, tiles.tile_q, shape));
   const int shared_bytes = sm90::head_backward_shared_bytes(tiles, head_dim);
   std::string config = config_of(spec, shape, tiles.tile_q, tiles.tile_k);
   constant(config, "kQueryStages", tiles.query_stages);
   constant(config, "kDoutStages", tiles.dout_stages);
   constant(config, "kHeadTiles", tiles.head_tiles);
+  constant(config, "kHeadPasses", tiles.passes);
   const std::string entry = "flash_head_backward_sm90";
   const std::string source =
       program("sm90/head_backward.cuh", config, sm90::kHeadBackwardThreads, 1, entry,
@@ -286,7 +287,7 @@ StatusOr<BackwardSpecialization> sm90_head_backward(const AttentionSpec& spec,
               needs_shared("sm90::HeadBackwardShapes", shared_bytes));
   BackwardSpecialization result = backward_of(Family::kSm90Head, tiles);
   result.main = {{source, kHopper}, entry, sm90::kHeadBackwardThreads, shared_bytes};
-  result.head_tiles = tiles.head_tiles;
+  result.head_tiles = tiles.head_tiles * tiles.passes;
   return result;
 }
 

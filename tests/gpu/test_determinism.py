@@ -83,6 +83,14 @@ HEADS = (
 )
 """For the backward whose CTAs take whole heads, several each."""
 
+PASSES = (
+    large("causal", name="passes", batch=70, heads=4, heads_k=4, seqlen_q=1000),
+    large("plain", name="full", batch=40, heads=8, heads_k=8, seqlen_q=777),
+    large("window_two_sided", name="both_sides", seqlen_q=900, seqlen_k=1000),
+    large("causal", name="fewer_keys", seqlen_q=1024, seqlen_k=600),
+)
+"""The same by two passes."""
+
 
 @pytest.mark.parametrize(
     ("case", "tiles"),
@@ -90,7 +98,7 @@ HEADS = (
         *itertools.product(ORDERED, TILES),
         (WIDE, "sm90"),
         (dataclasses.replace(WIDE, name="wide_causal", causal=True), "sm90"),
-        *itertools.product(HEADS, ["sm90head"]),
+        *itertools.product((*HEADS, *PASSES), ["sm90head"]),
     ],
     ids=str,
 )
@@ -106,7 +114,7 @@ def test_additions_in_order(tiles, case, expected):
         assert distinct(results[name] for results in runs) == 1, name
 
 
-@pytest.mark.parametrize("case", HEADS, ids=str)
+@pytest.mark.parametrize("case", [*HEADS, *PASSES], ids=str)
 def test_whole_heads_add_as_the_split_form_does(case):
     """So a deterministic row does not depend on how many heads there are."""
     devices.require_family("sm90")
@@ -164,6 +172,7 @@ MANY_TILES = dataclasses.replace(
         (HEADS[0], "sm90head"),
         (HEADS[1], "sm90head"),
         (HEADS[3], "sm90head"),
+        (PASSES[0], "sm90head"),
     ],
     ids=str,
 )

@@ -46,7 +46,8 @@ CELLS = [
         *(((FEATURES[0], row.max_head_dim),) if row.serves_features else ()),
         *(((FEATURES[1], row.max_head_dim - 24),) if row.serves_features else ()),
     )
-    if row.family != "sm90head" or kernel_cases.fits_head(cases.BY_NAME[name])
+    if row.family != "sm90head"
+    or kernel_cases.fits_head(cases.BY_NAME[name], passes=row.numbers[5])
 ]
 
 
@@ -141,6 +142,38 @@ def test_many_heads_are_taken_whole(heads_k, expected):
     assert found.backward.startswith("sm90 head")
     results = jax.block_until_ready(program(case, deterministic=False)(arrays))
     oracle.check(results, expected[case])
+
+
+def test_long_causal_heads_are_taken_in_passes(expected):
+    """As the tables choose, each CTA with more than one."""
+    devices.require_family("sm90")
+    case = dataclasses.replace(
+        cases.BY_NAME["causal"],
+        name="heads_in_passes",
+        batch=66,
+        heads=4,
+        heads_k=4,
+        seqlen_q=840,
+        seqlen_k=840,
+    )
+    arrays = inputs.make(case)
+    found = jax_flash_attn.explain(*(arrays[name] for name in "qkv"), causal=True)
+    assert found.backward.startswith("sm90 head")
+    assert found.backward.endswith("passes")
+    results = jax.block_until_ready(program(case, deterministic=False)(arrays))
+    oracle.check(results, expected[case])
+
+
+def test_passes_that_the_workspace_has_no_room_for_are_refused():
+    devices.require_family("sm90")
+    case = dataclasses.replace(
+        cases.BY_NAME["plain"], batch=1, heads=1, heads_k=1, seqlen_q=520, seqlen_k=2000
+    )
+    with (
+        testing.override_tiles("backward", "sm90head"),
+        pytest.raises(jax.errors.JaxRuntimeError, match="too small"),
+    ):
+        jax.block_until_ready(program(case, True)(inputs.make(case)))
 
 
 def test_a_head_that_does_not_fit_is_refused_by_each_call():

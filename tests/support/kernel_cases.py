@@ -80,7 +80,21 @@ def serves_backward(family, case):
     return family != "sm90" or fits_fused
 
 
-def fits_head(case):
-    """Returns whether a CTA of the backward can take a whole head of a case."""
-    query_tiles = case.heads // case.heads_k * -(-case.seqlen_q // 64)
-    return case.head_dim <= 64 and query_tiles <= 8 and case.softcap == 0
+def fits_head(case, passes=None):
+    """Returns whether a CTA of the backward can take whole heads of a case.
+
+    By how many passes, or by those of the table.
+    """
+    if passes is None:
+        passes = 1 if case.seqlen_q <= 512 else 2
+    query_tiles = case.heads // case.heads_k * _multiple(case.seqlen_q, 64) // 64
+    if case.head_dim > 64 or case.softcap > 0 or query_tiles > 8 * passes:
+        return False
+    # Between passes dk and dv of a head wait in the workspace.
+    held = 2 * _multiple(case.seqlen_k, 128) * _multiple(case.head_dim, 16)
+    rows = case.batch * case.heads * _multiple(case.seqlen_q, 128)
+    return query_tiles <= 8 or held <= rows * _multiple(case.head_dim, 64)
+
+
+def _multiple(value, of):
+    return -(-value // of) * of

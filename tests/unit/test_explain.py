@@ -126,6 +126,13 @@ def test_one_causal_round_of_key_tiles_is_fused(sizes, options, is_split):
         (many_heads(batch=34), {}, False),  # 128 multiprocessors would idle
         (many_heads(batch=28), {}, True),
         (many_heads(batch=27), {}, False),  # and here 24
+        (many_heads(seqlen_q=1024), {"causal": True}, True),  # by two passes
+        (many_heads(seqlen_q=769), {"causal": True, "deterministic": True}, True),
+        (many_heads(seqlen_q=769), {"deterministic": True}, True),
+        (many_heads(seqlen_q=768), {"causal": True}, False),
+        (many_heads(seqlen_q=1025), {"causal": True}, False),
+        (many_heads(seqlen_q=1024), {"window_size": (9, 9)}, False),
+        (many_heads(seqlen_q=1024, heads=8), {"causal": True}, False),
     ],
 )
 def test_when_ctas_take_whole_heads(operands, options, takes_heads):
@@ -182,9 +189,9 @@ def test_what_clusters_do_not_compute_is_an_error(operands, options, match):
 def test_a_head_that_does_not_fit_is_an_error_with_the_numbers():
     with (
         testing.override_tiles("backward", "sm90head"),
-        pytest.raises(NotImplementedError, match="there are 9"),
+        pytest.raises(NotImplementedError, match="there are 18"),
     ):
-        explain(*many_heads(seqlen_q=513), architecture="sm_90")
+        explain(*many_heads(seqlen_q=513, heads=8), architecture="sm_90")
 
 
 def test_takes_every_argument_of_a_call():

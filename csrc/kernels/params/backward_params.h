@@ -72,6 +72,8 @@ struct Sm90FusedBackwardParams : Sm90BackwardParams {
 struct Sm90HeadBackwardParams : Sm90BackwardParams {
   TensorMap dk;
   TensorMap dv;
+  int partial_tiles;  // key tiles, from the first on, whose dk and dv wait in dq_accum between
+                      // passes
 };
 
 // The same for kernels whose CTAs deal tiles out among themselves.

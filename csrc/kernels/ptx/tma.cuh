@@ -42,6 +42,11 @@ __device__ __forceinline__ void bulk_load(unsigned shared, const void* global, i
       : "memory");
 }
 
+// Asks for contiguous bytes to be brought to L2. Threads: one. Needs: multiples of 16.
+__device__ __forceinline__ void bulk_prefetch(const void* global, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
 // Starts the addition of contiguous floats in shared memory to as many in global memory, as part of
 // this thread's open bulk group.
 // Threads: one. Needs: the writers' fence_async_proxy() and a barrier before it; addresses and size

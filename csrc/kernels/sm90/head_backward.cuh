@@ -1,6 +1,6 @@
-// Backward attention on Hopper for heads whose dq fits into shared memory. With scores = scale q
-// k^T, probs = exp(scores - lse) and dprobs = dout v^T, for every visible pair of a query tile and
-// a key tile:
+// Backward attention on Hopper for heads whose dq fits into shared memory, or does half by half.
+// With scores = scale q k^T, probs = exp(scores - lse) and dprobs = dout v^T, for every visible
+// pair of a query tile and a key tile:
 //
 //   dv += probs^T dout      dscores = probs (dprobs - delta)
 //   dk += scale dscores^T q     dq += scale dscores k
@@ -10,6 +10,10 @@
 // does (sm90/backward.cuh), but sums of dq stay with it, in fp32, and leave it once, in 16 bits,
 // when the last key tile that a query tile sees has been added. So there are five products, no
 // workspace but lse and delta, no kernel before or behind, and one order of additions.
+//
+// Where dq of a head does not fit, its query tiles come in passes, each with all key tiles that
+// they see. Between passes dk and dv of a key tile wait in memory, in fp32, for the threads that
+// have written them: additions are those of one walk, in its order.
 //
 // One warp (the producer) keeps the copy engine busy; two warpgroups (consumers) own 64 keys of a
 // key tile each. They compute scores^T and dprobs^T, rows being keys, from k and v in registers, so
@@ -23,8 +27,8 @@
 //               consumer      them dv                      been read
 //   query       kQueryStages  q and lse of a query tile    by each consumer's threads, after dk
 //   dout        kDoutStages   dout and delta               by each consumer's threads, after dv
-//   dscores     1, of each    dscores of a step, by the    by a thread of each of the summer's
-//               consumer      consumer's threads           warps, after their part of dq
+//   dscores     1, of each    dscores of a step, by the    by the summer's threads, after dq
+//               consumer      consumer's threads
 //   statistics  8             lse and delta of a query     by the producer, which has them copied
 //                             tile, in the workspace, by
 //                             threads of three warps
@@ -61,6 +65,39 @@
 
 namespace jfa::sm90 {
 
+// Where dk and dv of a consumer's keys wait between passes, for the threads that have written them:
+// fp32, in the place of the sums of dq that other kernels have.
+template <class Config>
+struct HeadPartial {
+  using Gradient = typename HeadBackwardShapes<Config>::Gradient;
+  static constexpr int kColumnTileFloats = 128 * 4;  // four of each thread
+  static constexpr int kFloats = Gradient::kColumnTiles * kColumnTileFloats;
+  static constexpr int kBytes = 2 * kFloats * static_cast<int>(sizeof(float));
+  float* sums;
+
+  __device__ __forceinline__ HeadPartial(const Sm90HeadBackwardParams& params, int key_tile,
+                                         int consumer)
+      : sums(params.backward.dq_accum +
+             ((static_cast<long long>(ptx::reread_cta()) * params.partial_tiles + key_tile) *
+                  kBackwardConsumers +
+              consumer) *
+                 (2 * kFloats)) {}
+
+  __device__ __forceinline__ HeadPartial of_thread() const {
+    HeadPartial own = *this;
+    own.sums += ptx::reread_thread() % 128 * 4;
+    return own;
+  }
+  __device__ __forceinline__ void store(const Gradient& dk, const Gradient& dv) const {
+    tile::write_sums<kColumnTileFloats>(dk, sums);
+    tile::write_sums<kColumnTileFloats>(dv, sums + kFloats);
+  }
+  __device__ __forceinline__ void load(Gradient& dk, Gradient& dv) const {
+    tile::read_sums<kColumnTileFloats>(dv, sums + kFloats);
+    tile::read_sums<kColumnTileFloats>(dk, sums);
+  }
+};
+
 // Threads: one.
 template <class Config>
 __device__ __forceinline__ void produce_head_backward(const Sm90HeadBackwardParams& params,
@@ -86,17 +123,25 @@ __device__ __forceinline__ void produce_head_backward(const Sm90HeadBackwardPara
         statistics_at.advance();
       }
     };
+    // A key tile and a pass after the other, the key tiles first.
+    int tile = 0;
+    int pass = 0;
+    const auto advance = [&] {
+      if (++tile < heads.key_tiles) return;
+      tile = 0;
+      ++pass;
+    };
 #pragma unroll 1
-    for (int tile = 0; tile < heads.key_tiles; ++tile) {
+    for (; pass < heads.passes && tile < heads.key_tiles; advance()) {
       const attention::TilePlace place{tile, head, batch};
-      const typename HeadWalk<Config>::Walk walk(attention, place);
+      const auto walk = heads.walk(place, pass);
       if (walk.steps() == 0) continue;
       const auto load_keys = [&] {
         const typename Shapes::KeyPosition at{number};
         for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) {
           const auto keys = stages.keys_of(consumer);
           keys.await_empty(at);
-          if (consumer == 0) stages.places.put(number % Shapes::kPlaces, place);
+          if (consumer == 0) stages.places.put(number % Shapes::kPlaces, place, pass);
           keys.announce(at, KeyTile::kBytes);
           const int row = walk.first_key + half_of<Config>(consumer, tile) * Shapes::kConsumerKeys;
           load_tile<KeyTile>(stages.key_tile(consumer, at.stage()), params.k, keys.full(at.stage()),
@@ -105,13 +150,19 @@ __device__ __forceinline__ void produce_head_backward(const Sm90HeadBackwardPara
           // Consumers read it from there when they need it.
           ptx::tma_prefetch(params.v, 0, row, head,
                             attention::own_batch(batch, attention.v.batches));
+          if (walk.continues)
+            ptx::bulk_prefetch(HeadPartial<Config>(params, tile, consumer).sums,
+                               HeadPartial<Config>::kBytes);
         }
       };
       load_queries<Config>(
           params.q, params.dout, params.backward,
           static_cast<const BackwardStages<Shapes>&>(stages), walk, query_at, dout_at, load_keys,
           [&](int n) {
-            await_statistics(heads.group == 1 ? walk.query_tiles.begin + n + 1 : query_tiles);
+            await_statistics(walk.heads > 1
+                                 ? query_tiles
+                                 : (walk.first_head - head * heads.group) * heads.query_tiles +
+                                       walk.query_tiles.begin + n + 1);
           });
       ++number;
     }
@@ -187,9 +238,9 @@ __device__ __forceinline__ void contain_heads(const BackwardParams& backward, in
   });
 }
 
-// Threads: a whole warpgroup.
+// Returns whether dk and dv are finite, as far as that matters. Threads: a whole warpgroup.
 template <class Config>
-__device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardParams& params,
+__device__ __forceinline__ bool consume_head_backward(const Sm90HeadBackwardParams& params,
                                                       const HeadBackwardStages<Config>& stages,
                                                       int consumer) {
   using Shapes = HeadBackwardShapes<Config>;
@@ -261,28 +312,28 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
     attention::Range query_tiles;  // of the walk
     Step step;
     int remaining;
-    bool skips;  // this consumer the first step of the walk
+    bool begins;     // the step the walk
+    bool continues;  // dk and dv of a pass before
   };
   Work work{};
   const auto begin_walk = [&] {
     work.place = stages.places.get(number % Shapes::kPlaces);
     if (work.place.tile == kNoTile) return;
-    const Walk walk(attention, work.place);
+    const Walk walk = heads.walk(work.place, stages.places.pass(number % Shapes::kPlaces));
     work.query_tiles = walk.query_tiles;
-    work.skips = skips_first<Config>(attention, walk, consumer);
-    work.remaining = walk.steps() - work.skips;
+    const bool skips = skips_first<Config>(attention, walk, consumer);
+    work.remaining = walk.steps() - skips;
     work.step = walk.first();
-    work.step.query_tile += work.skips;
+    work.step.query_tile += skips;
+    work.begins = true;
+    work.continues = walk.continues;
   };
   const auto advance_walk = [&] {
     if (++work.step.query_tile == work.query_tiles.end) {
       work.step.query_tile = work.query_tiles.begin;
       ++work.step.head;
     }
-  };
-  const auto is_first_step = [&] {  // of the walk
-    return work.step.query_tile == work.query_tiles.begin + work.skips &&
-           work.step.head == work.place.head * heads.group;
+    work.begins = false;
   };
   const auto tile_of = [&] {
     const int first_key = work.place.tile * Config::kTileK;
@@ -313,7 +364,9 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
     if constexpr (!Config::kWindowed) return false;
     const attention::TilePlace place = stages.places.get(number % Shapes::kPlaces);
     return place.tile != kNoTile &&
-           skips_first<Config>(attention, Walk(attention, place), consumer);
+           skips_first<Config>(attention,
+                               heads.walk(place, stages.places.pass(number % Shapes::kPlaces)),
+                               consumer);
   };
   // What the first products of the step that comes read. crosses: it is of the next key tile.
   // Behind the last one, products are of what lies there, and nobody looks at them.
@@ -356,6 +409,23 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
       ptx::bulk_commit();
     }
   };
+  const auto partial = [&] {
+    return HeadPartial<Config>(params, work.place.tile, consumer).of_thread();
+  };
+  const auto end_gradients = [&] {
+    if constexpr (Config::kHeadPasses > 1) {
+      // Worked out anew: there is no register for it.
+      if (heads.walk(work.place, stages.places.pass((number - 1) % Shapes::kPlaces)).passes_on) {
+        partial().store(dk, dv);
+        return;
+      }
+    }
+    send_key_gradients();
+  };
+  const auto begin_gradients = [&] {
+    if constexpr (Config::kHeadPasses > 1)
+      if (work.place.tile != kNoTile && work.continues) partial().load(dk, dv);
+  };
   const auto load_lse = [&] { lse.load(statistics(Shapes::kLseOffset, query_at.stage())); };
 
   ask_values(0);
@@ -367,6 +437,7 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
   start_dprobs();
   ptx::wgmma_wait<1>();  // scores
   begin_walk();
+  begin_gradients();
 #pragma unroll 1
   while (work.place.tile != kNoTile) {
     KeptBits<Config, Scores> dropout;
@@ -384,10 +455,12 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
                            attention.dropout_scale, delta.take(n),
                            statistics(Shapes::kLseOffset, query_at.stage()));
     rounded_dscores.template pack<Element>(dprobs);
-    const bool begins = is_first_step();
+    const bool begins = work.begins;
     if (begins) {
       if (leads()) {
         ptx::bulk_wait_read<0>();  // dk and dv of the key tile before
+        // Where they have not gone by way of dscores and k, these may still be read.
+        if constexpr (Config::kHeadPasses > 1) await_dscores();
         if (number > 0) keys.release((number - 1) % Shapes::kKeyStages);
       }
       await_consumer();
@@ -397,10 +470,10 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
     tile::store_transposed<DscoresTile>(dscores_tile, rounded_dscores, warp);
     tile::start_register_product<Element>(
         dv, rounded_probs, columns_of(QueryTile(), Shapes::kDoutOffset, dout_at.stage()), 0,
-        !begins);
+        !begins || work.continues);
     tile::start_register_product<Element>(
         dk, rounded_dscores, columns_of(QueryTile(), Shapes::kQueryOffset, query_at.stage()), 0,
-        !begins);
+        !begins || work.continues);
     ptx::fence_async_proxy();  // behind the products' start, which takes as long as the stores
     dscores.finish_fill(typename Shapes::DscoresPosition{sent++});
     ptx::wgmma_wait<1>();  // dv
@@ -421,25 +494,22 @@ __device__ __forceinline__ void consume_head_backward(const Sm90HeadBackwardPara
     start_dprobs();
     ptx::wgmma_wait<1>();  // scores: over a branch ptxas lets no more than one product run (C7514)
     if (crosses) {
-      send_key_gradients();
+      end_gradients();
       begin_walk();
+      begin_gradients();
     } else {
       advance_walk();
     }
   }
   ptx::wgmma_wait<0>();
   if (leads()) ptx::bulk_wait();  // shared memory ends with the CTA
-  if constexpr (Config::kWindowed) {
-    ptx::fence_async_proxy_global();  // what the copy engine has written is read back
-    if (ptx::barrier_any(Shapes::kEndBarrier, Shapes::kEndThreads, !finite))
-      contain_heads<Config>(backward, static_cast<int>(threadIdx.x) / 32 - 4,
-                            kBackwardConsumers * 4);
-  }
+  return finite;
 }
 
-// Adds dq up, and writes it. Threads: a whole warpgroup.
+// Adds dq up, and writes it. Returns whether it is finite, as far as that matters. Threads: a whole
+// warpgroup.
 template <class Config>
-__device__ __forceinline__ void sum_query_gradients(const Sm90HeadBackwardParams& params,
+__device__ __forceinline__ bool sum_query_gradients(const Sm90HeadBackwardParams& params,
                                                     const HeadBackwardStages<Config>& stages) {
   using Shapes = HeadBackwardShapes<Config>;
   using Element = typename Config::Element;
@@ -460,17 +530,17 @@ __device__ __forceinline__ void sum_query_gradients(const Sm90HeadBackwardParams
       stages.keys_of(consumer).wait_full(keys_at);
     const attention::TilePlace place = stages.places.get(number % Shapes::kPlaces);
     if (place.tile == kNoTile) break;
-    const Walk walk(attention, place);
+    const Walk walk = heads.walk(place, stages.places.pass(number % Shapes::kPlaces));
     typename Walk::Step step = walk.first();
     const bool skips[] = {skips_first<Config>(attention, walk, 0),
                           skips_first<Config>(attention, walk, 1)};
 #pragma unroll 1
     for (int remaining = walk.steps(); remaining > 0; --remaining) {
       const attention::Range key_tiles = range.key_tiles(step.query_tile * Config::kTileQ);
-      const int head = step.head - place.head * heads.group;
-      const typename Shapes::Sums sums(stages.memory + Shapes::kSumsOffset +
-                                       (head * heads.query_tiles + step.query_tile) *
-                                           Shapes::Sums::kBytes);
+      const typename Shapes::Sums sums(
+          stages.memory + Shapes::kSumsOffset +
+          ((step.head - walk.first_head) * heads.query_tiles + step.query_tile - walk.first_tile) *
+              Shapes::Sums::kBytes);
       bool onto = place.tile != key_tiles.begin;
       if (onto) sums.load(dq);
 #pragma unroll
@@ -483,7 +553,7 @@ __device__ __forceinline__ void sum_query_gradients(const Sm90HeadBackwardParams
             dq, tile::RowDescriptor<DscoresTile>(stages.dscores_tile(consumer), 0), 0,
             tile::ColumnDescriptor<KeyTile>(stages.key_tile(consumer, keys_at.stage())), 0, onto);
         ptx::wgmma_wait<0>();
-        if (ptx::elect_lane()) dscores.release(0);
+        dscores.release(0);
         onto = true;
       }
       if (place.tile != key_tiles.end - 1) {
@@ -496,9 +566,7 @@ __device__ __forceinline__ void sum_query_gradients(const Sm90HeadBackwardParams
       walk.advance(step);
     }
   }
-  // Consumers read back what is not finite.
-  if constexpr (Config::kWindowed)
-    ptx::barrier_any(Shapes::kEndBarrier, Shapes::kEndThreads, !finite);
+  return finite;
 }
 
 template <class Config>
@@ -523,12 +591,24 @@ __device__ __forceinline__ void head_backward(const Sm90HeadBackwardParams& para
     } else if (ptx::elect_lane()) {
       produce_head_backward<Config>(params, stages);
     }
-  } else if (warpgroup <= kBackwardConsumers) {
-    ptx::claim_registers<Shapes::kConsumerRegisters>();
-    consume_head_backward<Config>(params, stages, warpgroup - 1);
   } else {
-    ptx::release_registers<Shapes::kSummerRegisters>();
-    sum_query_gradients<Config>(params, stages);
+    const bool is_consumer = warpgroup <= kBackwardConsumers;
+    bool finite;
+    if (is_consumer) {
+      ptx::claim_registers<Shapes::kConsumerRegisters>();
+      finite = consume_head_backward<Config>(params, stages, warpgroup - 1);
+    } else {
+      ptx::release_registers<Shapes::kSummerRegisters>();
+      finite = sum_query_gradients<Config>(params, stages);
+    }
+    if constexpr (Config::kWindowed) {
+      ptx::fence_async_proxy_global();  // what the copy engine has written is read back
+      // All come to one place, as synccheck asks. The summer has no registers to contain with.
+      const bool spoilt = ptx::barrier_any(Shapes::kEndBarrier, Shapes::kEndThreads, !finite);
+      if (spoilt && is_consumer)
+        contain_heads<Config>(params.backward, static_cast<int>(threadIdx.x) / 32 - 4,
+                              kBackwardConsumers * 4);
+    }
   }
 }
 

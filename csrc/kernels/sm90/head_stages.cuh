@@ -102,7 +102,7 @@ struct HeadBackwardStages : BackwardStages<HeadBackwardShapes<Config>> {
     this->dout.init(kBackwardConsumers * 128);
     for (int consumer = 0; consumer < kBackwardConsumers; ++consumer) {
       keys_of(consumer).init(1);
-      dscores_of(consumer).init(/*users=*/4, /*fillers=*/128);
+      dscores_of(consumer).init(/*users=*/128, /*fillers=*/128);
     }
     statistics.init(1, /*fillers=*/kStatisticsWarps * 32);
     ptx::mbarrier_init_fence();
@@ -126,6 +126,32 @@ struct HeadBackwardStages : BackwardStages<HeadBackwardShapes<Config>> {
   }
 };
 
+// The walk of a CTA along a key tile, of one pass: its query tiles of that pass, for each query
+// head of the group or, where there are several passes, for one.
+template <class Config>
+struct HeadTileWalk {
+  attention::TilePlace place;  // head is the key head
+  int first_key;
+  attention::Range query_tiles;
+  int first_head;
+  int heads = 1;
+  int first_tile = 0;      // of the pass
+  bool continues = false;  // dk and dv of a pass before
+  bool passes_on = false;  // them to a later one
+
+  using Step = typename BackwardWalk<Config, false>::Step;
+
+  __device__ __forceinline__ int steps() const {
+    return query_tiles.empty() ? 0 : heads * (query_tiles.end - query_tiles.begin);
+  }
+  __device__ __forceinline__ Step first() const { return {first_head, query_tiles.begin}; }
+  __device__ __forceinline__ void advance(Step& step) const {
+    if (++step.query_tile < query_tiles.end) return;
+    step.query_tile = query_tiles.begin;
+    ++step.head;
+  }
+};
+
 // Whether a consumer skips the first query tile of a walk, which does not see its half. Not where a
 // tile comes once for each head of a group, nor the only step, which begins dk and dv.
 template <class Config, class Walk>
@@ -139,20 +165,53 @@ __device__ __forceinline__ bool skips_first(const AttentionParams& attention, co
          first_seeing >= (walk.query_tiles.begin + 1) * Config::kTileQ;
 }
 
-// The key heads of a CTA, and what there is of each.
+// The key heads of a CTA, and what there is of each. Where dq of all its queries does not fit, they
+// come in passes, and dk and dv of a key tile go on from one pass to the next.
 template <class Config>
 struct HeadWalk {
-  using Walk = BackwardWalk<Config, /*kStaggered=*/false>;
+  using Walk = HeadTileWalk<Config>;
   const AttentionParams& attention;
   int group;
   int query_tiles;  // of a query head
   int key_tiles;
+  int head_passes = 1;  // of a query head
+  int passes = 1;       // of the group
 
   __device__ __forceinline__ explicit HeadWalk(const AttentionParams& params)
       : attention(params),
         group(params.heads / params.heads_k),
         query_tiles((params.seqlen_q + Config::kTileQ - 1) / Config::kTileQ),
-        key_tiles((params.seqlen_k + Config::kTileK - 1) / Config::kTileK) {}
+        key_tiles((params.seqlen_k + Config::kTileK - 1) / Config::kTileK) {
+    if constexpr (Config::kHeadPasses > 1) {
+      if (group * query_tiles > Config::kHeadTiles) {
+        head_passes = (query_tiles + Config::kHeadTiles - 1) / Config::kHeadTiles;
+        passes = group * head_passes;
+      }
+    }
+  }
+
+  __device__ __forceinline__ Walk walk(const attention::TilePlace& place, int pass) const {
+    Walk walk;
+    walk.place = place;
+    walk.first_key = place.tile * Config::kTileK;
+    walk.query_tiles = attention::VisibleRange<Config>(attention).query_tiles(walk.first_key);
+    walk.first_head = place.head * group;
+    walk.heads = group;
+    if constexpr (Config::kHeadPasses > 1) {
+      if (passes > 1) {
+        const attention::Range all = walk.query_tiles;
+        const int head = pass / head_passes;
+        walk.first_head += head;
+        walk.heads = 1;
+        walk.first_tile = (pass - head * head_passes) * Config::kHeadTiles;
+        const int end_tile = walk.first_tile + Config::kHeadTiles;
+        walk.query_tiles = {max(all.begin, walk.first_tile), min(all.end, end_tile)};
+        walk.continues = head > 0 || all.begin < walk.first_tile;
+        walk.passes_on = head + 1 < group || all.end > end_tile;
+      }
+    }
+    return walk;
+  }
 
   // visit(batch, key head). Threads: any.
   template <class Visit>

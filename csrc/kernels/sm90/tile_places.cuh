@@ -18,14 +18,17 @@ struct TilePlaces {
   __device__ __forceinline__ explicit TilePlaces(unsigned char* shared_memory)
       : slots(reinterpret_cast<int4*>(shared_memory)) {}
 
-  __device__ __forceinline__ void put(int slot, const attention::TilePlace& place) const {
-    slots[slot] = make_int4(place.tile, place.head, place.batch, 0);
+  __device__ __forceinline__ void put(int slot, const attention::TilePlace& place,
+                                      int pass = 0) const {
+    slots[slot] = make_int4(place.tile, place.head, place.batch, pass);
   }
   // Threads: a whole warp.
   __device__ __forceinline__ attention::TilePlace get(int slot) const {
     const attention::TilePlace place = read(slot);
     return {ptx::uniform(place.tile), ptx::uniform(place.head), ptx::uniform(place.batch)};
   }
+  // Which pass over the tile it is, where there are several. Threads: a whole warp.
+  __device__ __forceinline__ int pass(int slot) const { return ptx::uniform(slots[slot].w); }
   __device__ __forceinline__ attention::TilePlace read(int slot) const {
     const int4 place = slots[slot];
     return {place.x, place.y, place.z};
