@@ -1,12 +1,13 @@
 #include "launchers/sm90_tiles.h"
 
+#include <params/backward_params.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <limits>
 
 #include "launchers/attention_params.h"
 #include "launchers/tile_table.h"
-#include "params/backward_params.h"
 
 namespace jax_flash_attn::launchers::sm90 {
 namespace {
