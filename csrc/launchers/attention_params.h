@@ -46,6 +46,9 @@ runtime::Status launch(const runtime::Kernel& kernel, const KernelSpecialization
 inline std::int64_t ceil_div(std::int64_t value, std::int64_t divisor) {
   return (value + divisor - 1) / divisor;
 }
+inline std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return ceil_div(value, multiple) * multiple;
+}
 
 jfa::AttentionParams make_attention_params(const AttentionSpec& spec, const AttentionShape& shape);
 

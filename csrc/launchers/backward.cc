@@ -96,9 +96,6 @@ jfa::BackwardParams backward_params(const BackwardCall& call) {
   params.dlse = call.dlse;
   params.lse_batches = call.lse_batches;
   params.dlse_batches = call.dlse_batches;
-  const auto round_up = [](std::int64_t value, std::int64_t multiple) {
-    return ceil_div(value, multiple) * multiple;
-  };
   params.padded_rows = static_cast<int>(round_up(call.shape.seqlen_q, jfa::kWorkspaceRowMultiple));
   params.padded_columns =
       static_cast<int>(round_up(call.shape.head_dim, jfa::kWorkspaceColumnMultiple));

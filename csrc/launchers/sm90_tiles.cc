@@ -269,9 +269,6 @@ std::int64_t head_partial_tiles(const AttentionSpec& spec, const AttentionShape&
 
 std::int64_t head_ctas(const AttentionSpec& spec, const AttentionShape& shape,
                        int multiprocessors) {
-  const auto round_up = [](std::int64_t value, std::int64_t multiple) {
-    return ceil_div(value, multiple) * multiple;
-  };
   const std::int64_t ctas = std::min<std::int64_t>(multiprocessors, shape.batch * shape.heads_k);
   const std::int64_t of_cta =
       head_partial_tiles(spec, shape) * 2 * kHeadTileK * round_up(shape.head_dim, 16);

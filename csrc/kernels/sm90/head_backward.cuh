@@ -12,8 +12,8 @@
 // workspace but lse and delta, no kernel before or behind, and one order of additions.
 //
 // Where dq of a head does not fit, its query tiles come in passes, each with all key tiles that
-// they see. Between passes dk and dv of a key tile wait in memory, in fp32, for the threads that
-// have written them: additions are those of one walk, in its order.
+// they see. Between passes dk and dv of a key tile wait in the workspace, in fp32, for the threads
+// that have written them: additions are those of one walk, in its order.
 //
 // One warp (the producer) keeps the copy engine busy; two warpgroups (consumers) own 64 keys of a
 // key tile each. They compute scores^T and dprobs^T, rows being keys, from k and v in registers, so
