@@ -22,7 +22,7 @@ from jax_flash_attn import (
     _batching,
     _compat,
     _ffi,
-    _key_copies,
+    _key_parts,
     _partitioning,
     _shapes,
     _spec,
@@ -200,10 +200,13 @@ def _kernel_backward(
     qkv = tuple(_pad_head_dim(x, padded) for x in operands.qkv)
     batch = _shapes.common_batch([x.shape[0] for x in flat])
     dims = _shapes.dimensions(qkv, spec.packing)._replace(batch=batch)
-    copies = _key_copies.key_copies(dims, spec, qkv[0].dtype, *_key_copies.target())
-    # The first operand has queries: with keys and values in it, too, there is one copy.
-    qkv = (qkv[0], *(_key_copies.copy_heads(x, copies) for x in qkv[1:]))
-    gradients = [_struct((batch, *x.shape[1:]), x.dtype) for x in qkv]
+    parts = _key_parts.key_parts(dims, spec, qkv[0].dtype, *_key_parts.target())
+    # The first operand has queries: with keys and values in it, too, there is one part.
+    shapes = [
+        qkv[0].shape,
+        *(_key_parts.part_shape(x.shape, parts) for x in qkv[1:]),
+    ]
+    gradients = [_struct((batch, *shape[1:]), qkv[0].dtype) for shape in shapes]
     results = [*gradients, *_shapes.workspace(dims, spec.deterministic)]
     arrays = [
         *operands._replace(qkv=qkv).flat(),
@@ -214,7 +217,7 @@ def _kernel_backward(
     ]
     computed = _ffi.backward_call(arrays, results, spec, has_dlse)
     dq, *dk_dv = (x[..., :head_dim] for x in computed[: len(qkv)])
-    return [dq, *(_key_copies.sum_copies(x, copies) for x in dk_dv)]
+    return [dq, *(_key_parts.sum_parts(x, parts) for x in dk_dv)]
 
 
 def _register(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash_attn import _arguments, _ffi, _key_copies, _shapes, _spec, _support
+from jax_flash_attn import _arguments, _ffi, _key_parts, _shapes, _spec, _support
 from jax_flash_attn.attention import canonicalize, dense_obstacle
 
 
@@ -24,8 +24,8 @@ class Explanation:
     forward: str
     """The forward kernel's tiles; empty when no kernel runs."""
     backward: str
-    """The backward kernels' tiles, and the copies of key heads that they get, if any;
-    empty when no kernel runs."""
+    """The backward kernels' tiles, and the parts that each key head is split into, if
+    any; empty when no kernel runs."""
     spec: _spec.AttentionSpec
     """The call in canonical form."""
     padded_head_dim: int
@@ -76,7 +76,7 @@ def explain(
         ValueError, TypeError: as `flash_attn_func`.
 
     Source: csrc/launchers/sm80_tiles.cc and sm90_tiles.cc have the tables that tiles
-    come from, _key_copies.py the rule for copies of key heads.
+    come from, _key_parts.py the rule for parts of key heads.
     """
     arguments.pop("return_lse", None)  # lse is computed in any case
     structs = {
@@ -111,10 +111,10 @@ def explain(
     if obstacle:
         return Explanation("jax", obstacle, target, "", "", spec, padded)
     dims = _shapes.dimensions(tuple(structs.values()), "none")
-    copies = _key_copies.key_copies(
+    parts = _key_parts.key_parts(
         dims._replace(head_dim=padded), spec, dtype, target, multiprocessors
     )
-    heads_k = {"forward": dims.heads_k, "backward": dims.heads_k * copies}
+    heads_k = {"forward": dims.heads_k, "backward": dims.heads_k * parts}
     tiles = {
         operation: _ffi.native.tiles(
             operation,
@@ -131,8 +131,8 @@ def explain(
         )
         for operation in ("forward", "backward")
     }
-    if copies > 1:
-        tiles["backward"] += f", {copies} copies of each key head"
+    if parts > 1:
+        tiles["backward"] += f", each key head in {parts} parts"
     note = ""
     if padded != head_dim:
         note = (

@@ -46,8 +46,12 @@ StatusOr<BackwardCall> decode(const xla::ffi::Dictionary& attributes, BufferRead
   if (call.spec.deterministic) call.turns = static_cast<int*>(buffers.next_result().untyped_data());
   JFA_RETURN_IF_ERROR(buffers.finish());
   JFA_ASSIGN_OR_RETURN(const launchers::Element element, element_of(inputs.dtype));
-  call.shape = {element,      batch,          inputs.seqlen_q, inputs.seqlen_k,
-                inputs.heads, inputs.heads_k, inputs.head_dim};
+  if (inputs.heads_k == 0 || gradients.heads_k % inputs.heads_k != 0)
+    return Status::invalid_argument(
+        "The heads of dk and dv of a flash attention call are not a multiple of those of k and v.");
+  call.key_parts = static_cast<int>(gradients.heads_k / inputs.heads_k);
+  call.shape = {element,           batch,          inputs.seqlen_q, inputs.seqlen_k, inputs.heads,
+                gradients.heads_k, inputs.head_dim};
   call.q = inputs.q;
   call.k = inputs.k;
   call.v = inputs.v;

@@ -94,6 +94,7 @@ jfa::BackwardParams backward_params(const BackwardCall& call) {
   params.dv = call.dv;
   params.lse = call.lse;
   params.dlse = call.dlse;
+  params.key_parts = call.key_parts;
   params.lse_batches = call.lse_batches;
   params.dlse_batches = call.dlse_batches;
   params.padded_rows = static_cast<int>(round_up(call.shape.seqlen_q, jfa::kWorkspaceRowMultiple));
@@ -122,8 +123,9 @@ Status fill_sm90_params(jfa::Sm90BackwardParams& params, const BackwardCall& cal
   };
   JFA_RETURN_IF_ERROR(fill(params.q, call.q, shape.seqlen_q, shape.heads, tile_q));
   JFA_RETURN_IF_ERROR(fill(params.dout, call.dout, shape.seqlen_q, shape.heads, tile_q));
-  JFA_RETURN_IF_ERROR(fill(params.k, call.k, shape.seqlen_k, shape.heads_k, tile_k));
-  return fill(params.v, call.v, shape.seqlen_k, shape.heads_k, tile_k);
+  const std::int64_t key_heads = shape.heads_k / call.key_parts;
+  JFA_RETURN_IF_ERROR(fill(params.k, call.k, shape.seqlen_k, key_heads, tile_k));
+  return fill(params.v, call.v, shape.seqlen_k, key_heads, tile_k);
 }
 
 // How many keys a query sees, over queries spread evenly.

@@ -16,6 +16,7 @@ struct BackwardCall {
   jfa::HeadValues slopes, dropout_keys;
   const float* lse;
   const float* dlse;  // null: lse has no cotangent
+  int key_parts;      // of shape.heads_k, the heads of dk and dv, so many share a head of k and v
   int lse_batches;
   int dlse_batches;
   // Workspace, see jax_flash_attn/_shapes.py.

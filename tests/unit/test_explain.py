@@ -97,7 +97,7 @@ def many_heads(batch=33, seqlen_q=512, heads=4, heads_k=4, head_dim=64):
         ({"batch": 11, "head_dim": 72}, {}, False),
         ({"batch": 11, "head_dim": 64, "seqlen_q": 512}, {}, True),
         ({"batch": 11, "heads": 8}, {"deterministic": True}, True),
-        ({"batch": 5, "heads": 8}, {"dtype": jnp.float16}, True),  # no copies
+        ({"batch": 5, "heads": 8}, {"dtype": jnp.float16}, True),  # no parts
         ({"batch": 11, "seqlen_q": 768}, {"causal": False}, True),
         ({"batch": 11}, {"causal": False, "window_size": (900, 900)}, True),
         ({"batch": 11}, {"deterministic": True}, True),

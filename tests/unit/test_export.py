@@ -98,7 +98,7 @@ def test_kernels_of_automatic_sharding_get_all_and_that_is_said(monkeypatch):
 
 
 def test_gradients_with_a_symbolic_batch():
-    """Exported programs may leave it open, and then have no copies of key heads."""
+    """Exported programs may leave it open, and then have no parts of key heads."""
     (batch,) = export.symbolic_shape("b")
     q = jax.ShapeDtypeStruct((batch, 1024, 8, 64), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((batch, 1024, 2, 64), jnp.bfloat16)

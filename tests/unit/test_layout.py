@@ -25,7 +25,7 @@ PYTHON_LAYERS = (
     {"attention"},
     {"_vjp"},
     {"_primitives"},
-    {"_key_copies"},
+    {"_key_parts"},
     {"_batching", "_partitioning", "_support"},
     {"_ffi"},
     {"_native"},

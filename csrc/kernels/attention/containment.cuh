@@ -258,7 +258,7 @@ __device__ __forceinline__ void contain_dq(const BackwardParams& params, int bat
   const Range tiles = range.key_tiles(first_query);
   const Range walked{tiles.begin * Config::kTileK,
                      min(tiles.end * Config::kTileK, attention.seqlen_k)};
-  const int head_k = head / (attention.heads / attention.heads_k);
+  const int head_k = own_key_head(params, head / (attention.heads / attention.heads_k));
   const int end_query = min(queries.end, attention.seqlen_q);
 #pragma unroll 1
   for (int query = queries.begin; query < end_query; query += stride) {
@@ -297,7 +297,7 @@ __device__ __forceinline__ void contain_dk_dv(const BackwardParams& params, int 
     RecomputedRow<Config> dk(row_address(params.dk, batch, head_k, key));
     RecomputedRow<Config> dv(row_address(params.dv, batch, head_k, key));
     if (dk.stored.is_finite() && dv.stored.is_finite()) continue;
-    const KeySide<Config> key_side(attention, batch, head_k, key);
+    const KeySide<Config> key_side(attention, batch, own_key_head(params, head_k), key);
     const Range tiles = range.query_tiles(key / Config::kTileK * Config::kTileK);
     const Range walked{tiles.begin * Config::kTileQ,
                        min(tiles.end * Config::kTileQ, attention.seqlen_q)};

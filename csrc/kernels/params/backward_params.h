@@ -38,6 +38,9 @@ struct BackwardParams {
   int* added;      // key tiles whose additions to dq of the group are all there
   int* taken;      // of the first head alone: key tiles that CTAs have taken
   int* turns;      // (batch, heads, padded_rows / kSmallestQueryTile); null unless deterministic
+  // Of attention.heads_k, how many in a row share a head of k and v, each with dk and dv for a part
+  // of its query heads (jax_flash_attn/_key_parts.py).
+  int key_parts;
   int lse_batches;  // lse and dlse of batch b are those of b % lse_batches
   int dlse_batches;
   int padded_rows;

@@ -296,9 +296,10 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
   const BackwardInputs inputs{attention::head_address(attention.q, place.batch, 0),
                               attention::head_address(params.dout, place.batch, 0)};
   if (step.head < end_head) {
+    const int key_head = attention::own_key_head(params, place.head);
     const auto load_keys = [&](const TensorView& view, int offset) {
       tile::load_rows_async<KeyTile, Config::kHeadDim, Shapes::kThreads>(
-          shared_base, offset, attention::head_address(view, place.batch, place.head),
+          shared_base, offset, attention::head_address(view, place.batch, key_head),
           view.row_stride, first_key, attention.seqlen_k);
     };
     load_keys(attention.k, Shapes::kKeyOffset);

@@ -119,7 +119,8 @@ __device__ __forceinline__ void produce_backward(const Sm90FusedBackwardParams& 
               ring.await_empty(keys_at);
               ring.announce(keys_at, KeyTile::kBytes);
               load_tile<KeyTile>(stages.shared + offset, map, ring.full(0), ptx::kEvictLast,
-                                 walk.first_key, walk.place.head,
+                                 walk.first_key,
+                                 attention::own_key_head(params.backward, walk.place.head),
                                  attention::own_batch(walk.place.batch, batches));
             };
             // Consumers use v of a key tile for the last time a step before k, and before that they

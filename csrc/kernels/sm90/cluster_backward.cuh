@@ -244,7 +244,8 @@ __device__ __forceinline__ void produce_group_keys(const Sm90DealtBackwardParams
     for (int rank = 0; rank < Shapes::kKeyCtas; ++rank)
       load_tile<KeyTile>(stages.shared + rank * KeyTile::kBytes, params.k, stages.keys.full(0),
                          ptx::kEvictLast, (place.tile * Shapes::kKeyCtas + rank) * Config::kTileK,
-                         place.head, attention::own_batch(place.batch, attention.k.batches));
+                         attention::own_key_head(params.backward, place.head),
+                         attention::own_batch(place.batch, attention.k.batches));
     keys_at.advance();
 #pragma unroll 1
     for (int remaining = GroupWalk<Config>(attention, place).steps(); remaining > 0; --remaining) {

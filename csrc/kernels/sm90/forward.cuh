@@ -278,7 +278,8 @@ __device__ __forceinline__ void forward(const Sm90ForwardParams& params, unsigne
         ptx::prefetch_tensor_map(params.q);
         ptx::prefetch_tensor_map(params.k);
         ptx::prefetch_tensor_map(params.v);
-        produce<Config, Shapes>(stages, attention, params.tiles, params.k, params.v, load_q);
+        produce<Config, Shapes>(stages, attention, attention.heads / attention.heads_k,
+                                params.tiles, params.k, params.v, load_q);
       },
       [](int) {}, [&](int consumer) { consume<Config>(params, stages, consumer); });
 }

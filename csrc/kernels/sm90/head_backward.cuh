@@ -114,6 +114,7 @@ __device__ __forceinline__ void produce_head_backward(const Sm90HeadBackwardPara
   heads.for_each([&](int batch, int head) {
     const unsigned first_statistics = statistics_at.fills;
     const int query_tiles = heads.group * heads.query_tiles;
+    const int key_head = attention::own_key_head(params.backward, head);
     // Until lse and delta of so many of the group's query tiles are there.
     const auto await_statistics = [&](int tiles) {
 #pragma unroll 1
@@ -145,10 +146,10 @@ __device__ __forceinline__ void produce_head_backward(const Sm90HeadBackwardPara
           keys.announce(at, KeyTile::kBytes);
           const int row = walk.first_key + half_of<Config>(consumer, tile) * Shapes::kConsumerKeys;
           load_tile<KeyTile>(stages.key_tile(consumer, at.stage()), params.k, keys.full(at.stage()),
-                             ptx::kEvictFirst, row, head,
+                             ptx::kEvictFirst, row, key_head,
                              attention::own_batch(batch, attention.k.batches));
           // Consumers read it from there when they need it.
-          ptx::tma_prefetch(params.v, 0, row, head,
+          ptx::tma_prefetch(params.v, 0, row, key_head,
                             attention::own_batch(batch, attention.v.batches));
           if (walk.continues)
             ptx::bulk_prefetch(HeadPartial<Config>(params, tile, consumer).sums,
@@ -347,7 +348,8 @@ __device__ __forceinline__ bool consume_head_backward(const Sm90HeadBackwardPara
     if (place.tile == kNoTile) return;
     const int first_row = place.tile * Config::kTileK + consumer_row(place.tile) + warp * 16;
     v_rows.template read_rows_of<Config::kHeadDim>(
-        attention::head_address(attention.v, place.batch, place.head) +
+        attention::head_address(attention.v, place.batch,
+                                attention::own_key_head(backward, place.head)) +
             static_cast<long long>(first_row) * attention.v.row_stride,
         attention.v.row_stride, attention.seqlen_k - first_row);
   };

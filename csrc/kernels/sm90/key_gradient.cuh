@@ -162,11 +162,12 @@ __device__ __forceinline__ void produce_key_gradient(const Sm90DealtBackwardPara
     const unsigned target =
         stages.shared + Shapes::kKeyOffset + keys_at.stage() * Shapes::kKeyBytes;
     const int row = place.tile * Config::kTileK;
+    const int head = attention::own_key_head(params.backward, place.head);
     stages.keys.announce(keys_at, Shapes::kKeyBytes);
-    load_tile<KeyTile>(target, params.k, barrier, ptx::kEvictLast, row, place.head,
+    load_tile<KeyTile>(target, params.k, barrier, ptx::kEvictLast, row, head,
                        attention::own_batch(place.batch, attention.k.batches));
-    load_tile<KeyTile>(target + KeyTile::kBytes, params.v, barrier, ptx::kEvictLast, row,
-                       place.head, attention::own_batch(place.batch, attention.v.batches));
+    load_tile<KeyTile>(target + KeyTile::kBytes, params.v, barrier, ptx::kEvictLast, row, head,
+                       attention::own_batch(place.batch, attention.v.batches));
     keys_at.advance();
   };
 

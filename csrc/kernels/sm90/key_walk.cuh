@@ -118,17 +118,16 @@ struct ConsumerTurns {
   }
 };
 
-// load_operands(shared, barrier, place) starts the copies of a query tile's operands.
-// Threads: one.
+// group: query heads that read one head of k and v. load_operands(shared, barrier, place) starts
+// the copies of a query tile's operands. Threads: one.
 template <class Config, class Shapes, class LoadOperands>
 __device__ __forceinline__ void produce(const KeyWalkStages<Config, Shapes>& stages,
-                                        const AttentionParams& attention, const DealtTiles& tiles,
-                                        const TensorMap& k, const TensorMap& v,
-                                        LoadOperands load_operands) {
+                                        const AttentionParams& attention, int group,
+                                        const DealtTiles& tiles, const TensorMap& k,
+                                        const TensorMap& v, LoadOperands load_operands) {
   using Place = attention::TilePlace;
   using KeyTile = typename Shapes::KeyTile;
   const attention::VisibleRange<Config> range(attention);
-  const int group = attention.heads / attention.heads_k;
   typename Shapes::QueryPosition query;
   typename Shapes::KeyPosition key;
   typename Shapes::ValuePosition value;

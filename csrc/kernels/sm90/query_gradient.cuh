@@ -362,7 +362,8 @@ __device__ __forceinline__ void query_gradient(const Sm90DealtBackwardParams& pa
   run_key_walk<Shapes>(
       stages,
       [&] {
-        produce<Config, Shapes>(stages, attention, params.tiles, params.k, params.v,
+        const int group = attention.heads / attention.heads_k * params.backward.key_parts;
+        produce<Config, Shapes>(stages, attention, group, params.tiles, params.k, params.v,
                                 load_q_and_dout);
       },
       [&](int warp) { make_statistics<Config>(params, stages, warp); },

@@ -156,7 +156,7 @@ __device__ __forceinline__ void produce_wide_key_gradient(
     const TensorView& view = consumer == 0 ? attention.k : attention.v;
     load_tile<KeyTile>(stages.shared + (consumer == 0 ? Shapes::kKeyOffset : Shapes::kValueOffset),
                        consumer == 0 ? params.k : params.v, ring.full(0), ptx::kEvictLast,
-                       place.tile * Config::kTileK, place.head,
+                       place.tile * Config::kTileK, attention::own_key_head(backward, place.head),
                        attention::own_batch(place.batch, view.batches));
     keys_at.advance();
   };

@@ -1,13 +1,14 @@
-"""How many copies of each key head the backward kernels get.
+"""Into how many parts the backward kernels split what each key head has to do.
 
 A CTA that computes dk and dv walks the queries of all query heads that read its keys.
 Where key heads are few and keys not many, such walks are long and fewer than a GPU has
 multiprocessors; under a causal mask the longest of them takes twice the mean besides.
-Copies of a key head, each for a part of its query heads, are so many more and shorter
-walks. dk and dv of a key head are then the sums over its copies.
+Parts of a key head, each for some of its query heads, are so many more and shorter
+walks. dk and dv of a key head are then the sums over its parts.
 """
 
 import heapq
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,34 +16,32 @@ import jax.numpy as jnp
 from jax_flash_attn import _ffi, _shapes, _spec, _support
 
 _ARCHITECTURE = "sm_90"
-"""The one whose kernels were measured with copies (docs/tuning.md)."""
+"""The one whose kernels were measured with parts (docs/tuning.md)."""
 _MULTIPROCESSORS = 132
 """Of an H100 and of an H200."""
 # Of its kernels' key tiles, up to head dim 128 and above it; a step of a walk is a
 # query tile.
 _TILE_K, _WIDE_TILE_K = 128, 64
 _TILE_Q = 64
-# What a key tile takes besides its walk, and what copying and summing take, in steps.
+# What a key tile takes besides its walk, and what summing takes, in steps.
 _TILE_STEPS = 3.0
-_COPY_STEPS = 8.0
+_SUM_STEPS = 8.0
 
 
-def key_copies(
+def key_parts(
     dims: _shapes.Dimensions,
     spec: _spec.AttentionSpec,
     dtype: jnp.dtype,
     architecture: str,
     multiprocessors: int,
 ) -> int:
-    """Returns how many copies of each key head make the backward fastest.
+    """Returns into how many parts of each key head the backward is fastest.
 
     It divides the number of query heads that read a key head, and is 1 for
 
-    - calls with key tiles for two rounds of all multiprocessors, whose copies would
+    - calls with key tiles for two rounds of all multiprocessors, whose parts would
       take memory for little;
-    - deterministic calls: their gradients do not depend on how many batch entries and
-      heads there are, and the number of copies does;
-    - float16: each copy's sum is rounded to the dtype, and might overflow where the
+    - float16: each part's sum is rounded to the dtype, and might overflow where the
       sum of all does not;
     - lengths that are not known when the program is lowered;
     - other architectures than Hopper's.
@@ -56,7 +55,7 @@ def key_copies(
     """
     if dims.heads == dims.heads_k or architecture != _ARCHITECTURE:
         return 1
-    if spec.deterministic or dtype != jnp.bfloat16:
+    if dtype != jnp.bfloat16:
         return 1
     if not all(isinstance(length, int) and length > 0 for length in dims):
         return 1
@@ -65,13 +64,13 @@ def key_copies(
         return 1
     walks = _walks(dims, spec)
     group = dims.heads // dims.heads_k
-    divisors = [copies for copies in range(1, group + 1) if group % copies == 0]
+    divisors = [parts for parts in range(1, group + 1) if group % parts == 0]
 
-    def steps(copies: int) -> float:
-        shorter = [group // copies * walk for walk in walks]
-        heads = dims.batch * dims.heads_k * copies
-        copying = 0.0 if copies == 1 else _COPY_STEPS
-        return _steps(shorter, heads, multiprocessors) + copying
+    def steps(parts: int) -> float:
+        shorter = [group // parts * walk for walk in walks]
+        heads = dims.batch * dims.heads_k * parts
+        summing = 0.0 if parts == 1 else _SUM_STEPS
+        return _steps(shorter, heads, multiprocessors) + summing
 
     return min(divisors, key=steps)
 
@@ -117,14 +116,14 @@ def target() -> tuple[str, int]:
     return _support.device()
 
 
-def copy_heads(x: jax.Array, copies: int) -> jax.Array:
-    """Returns `x`, (..., Hk, D), with each head so many times, side by side."""
-    return x if copies == 1 else jnp.repeat(x, copies, axis=-2)
+def part_shape(shape: Sequence[int], parts: int) -> tuple[int, ...]:
+    """Returns the shape of dk or dv, (..., Hk, D), with so many heads for each."""
+    return (*shape[:-2], shape[-2] * parts, shape[-1])
 
 
-def sum_copies(x: jax.Array, copies: int) -> jax.Array:
-    """Returns the sums over copies of what is laid out as by `copy_heads`."""
-    if copies == 1:
+def sum_parts(x: jax.Array, parts: int) -> jax.Array:
+    """Returns the sums over parts of what has the shape of `part_shape`."""
+    if parts == 1:
         return x
-    apart = x.reshape(*x.shape[:-2], -1, copies, x.shape[-1])
+    apart = x.reshape(*x.shape[:-2], -1, parts, x.shape[-1])
     return apart.sum(axis=-2, dtype=jnp.float32).astype(x.dtype)
