@@ -198,6 +198,7 @@ def _one_sequence() -> tuple[Workload, ...]:
     large, small = llama.format("70B", 8), llama.format("8B", 2)
     llama2 = "Llama 2 7B, arXiv:2307.09288, heads split over two GPUs"
     opt = "OPT-1.3B, arXiv:2205.01068, table 1"
+    gemma = "Gemma 7B, arXiv:2403.08295, table 1, heads split over two GPUs"
     return (
         Workload("one_llama3_70b_s4096", 1, 4096, 8, 1, 128, causal=True, source=large),
         Workload("one_llama3_70b_s8192", 1, 8192, 8, 1, 128, causal=True, source=large),
@@ -207,6 +208,8 @@ def _one_sequence() -> tuple[Workload, ...]:
         Workload("one_llama2_s1024", 1, 1024, 16, 16, 128, causal=True, source=llama2),
         Workload("one_llama2_s2048", 1, 2048, 16, 16, 128, causal=True, source=llama2),
         Workload("one_llama2_s4096", 1, 4096, 16, 16, 128, causal=True, source=llama2),
+        Workload("one_gemma_s1024", 1, 1024, 8, 8, 256, causal=True, source=gemma),
+        Workload("one_gemma_s2048", 1, 2048, 8, 8, 256, causal=True, source=gemma),
     )
 
 

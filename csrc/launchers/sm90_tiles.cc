@@ -187,6 +187,16 @@ constexpr double kClusterGain = 1.03;
 // H200 30. Where there are fewer, the last round of a short call takes longer than is thought here.
 constexpr int kClusters = 30;
 constexpr int kMultiprocessorsForThem = 132;
+// Above this head dim, clusters are also faster where heads are so few and so short that both
+// kernels of the split form leave multiprocessors idle.
+constexpr int kFewGroupsHeadDim = 128;
+
+// Up to how many rounds of clusters that is (docs/tuning.md). Under a causal mask short walks fill
+// the last round.
+int few_group_rounds(const AttentionSpec& spec, const AttentionShape& shape) {
+  if (spec.causal()) return shape.seqlen_k < 512 ? 1 : shape.head_dim <= 192 ? 2 : 3;
+  return shape.seqlen_k < 1024 || shape.head_dim <= 160 ? 1 : 2;
+}
 
 std::int64_t split_seqlen(const AttentionSpec& spec, std::int64_t head_dim) {
   if (spec.deterministic) {
@@ -331,12 +341,17 @@ std::string describe(const ClusterBackwardTiles& tiles) {
 }
 
 bool suits_clusters(const AttentionSpec& spec, const AttentionShape& shape, int multiprocessors) {
-  if (spec.deterministic || shape.head_dim <= kClusterHeadDim) return false;
+  if (spec.deterministic || shape.head_dim <= kFewGroupsHeadDim) return false;
   if (spec.windowed() && !spec.causal()) return false;
-  if (shape.seqlen_q < (spec.causal() ? kClusterCausal : kClusterFull)) return false;
+  const std::int64_t clusters = multiprocessors * kClusters / kMultiprocessorsForThem;
   const std::int64_t groups =
       ceil_div(shape.seqlen_k, (kClusterCtas - 1) * kClusterTileK) * shape.batch * shape.heads_k;
-  return fills(groups, multiprocessors * kClusters / kMultiprocessorsForThem, kClusterGain);
+  // With fewer key heads a cluster's walks are longer, those of the split form's dq are not.
+  if (shape.heads == shape.heads_k && groups <= few_group_rounds(spec, shape) * clusters)
+    return groups > 0;
+  if (shape.head_dim <= kClusterHeadDim) return false;
+  if (shape.seqlen_q < (spec.causal() ? kClusterCausal : kClusterFull)) return false;
+  return fills(groups, clusters, kClusterGain);
 }
 
 bool takes_clusters(const AttentionSpec& spec, const AttentionShape& shape, const Target& target) {

@@ -67,7 +67,7 @@ def test_short_masked_sequences_have_tiles_of_their_own():
         (128, 1025, {"window_size": (900, 900)}, False),
         (128, 1024, {"causal": True}, True),
         (128, 1025, {"causal": True}, False),
-        (256, 16384, {}, True),
+        (256, 16384, {"window_size": (900, 900)}, True),
     ],
 )
 def test_when_dq_is_computed_by_itself(head_dim, seqlen, options, is_split):
@@ -162,6 +162,22 @@ def long_heads(batch=1, seqlen_q=16384, seqlen_k=16384, heads=8, head_dim=256):
         (long_heads(4, 8191, 4096), {"causal": True}, False),
         (long_heads(1, 4096, 192, heads=30), {}, True),
         (long_heads(1, 4096, 192, heads=31), {}, False),  # 29 of 30 clusters would idle
+        # Heads so few that the split form leaves more idle.
+        (long_heads(1, 100, 192, heads=30, head_dim=136), {}, True),
+        (long_heads(1, 100, 192, heads=30, head_dim=128), {}, False),
+        (long_heads(1, 100, 192, heads=31, head_dim=136), {}, False),
+        (long_heads(1, 1024, 1024, heads=10, head_dim=168), {}, True),  # two rounds
+        (long_heads(1, 1024, 1024, heads=10, head_dim=160), {}, False),
+        (long_heads(1, 1024, 1024, heads=11, head_dim=168), {}, False),
+        (long_heads(1, 512, 960, heads=12), {}, False),
+        (long_heads(1, 512, 512, heads=30), {"causal": True}, True),  # three
+        (long_heads(1, 512, 512, heads=31), {"causal": True}, False),
+        (long_heads(1, 512, 512, heads=20, head_dim=192), {"causal": True}, True),
+        (long_heads(1, 512, 512, heads=21, head_dim=192), {"causal": True}, False),
+        (long_heads(1, 384, 384, heads=15), {"causal": True}, True),
+        (long_heads(1, 384, 384, heads=16), {"causal": True}, False),
+        (long_heads(1, 512, 512, heads=8), {"window_size": (300, 0)}, False),
+        (long_heads(1, 512, 512, heads=8), {"deterministic": True}, False),
     ],
 )
 def test_when_ctas_work_together(operands, options, takes_clusters):
