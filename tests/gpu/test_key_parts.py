@@ -8,7 +8,15 @@ import pytest
 
 import jax_flash_attn
 from jax_flash_attn import _key_parts, testing
-from tests.support import calls, cases, containment, devices, inputs, oracle
+from tests.support import (
+    calls,
+    cases,
+    containment,
+    devices,
+    inputs,
+    oracle,
+    transforms,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -124,3 +132,11 @@ def test_deterministic(run_in, family, case, parts, expected):
     for name, first in runs[0].items():
         for other in runs[1:]:
             np.testing.assert_array_equal(first, other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("subset", [("q",), ("k", "v"), ("q", "slopes")], ids=str)
+@pytest.mark.parametrize("check", ["vmap_of_grad", "grad_of_vmap"])
+def test_vmap(monkeypatch, check, subset):
+    """Batch entries share keys, or queries, that are not mapped."""
+    monkeypatch.setattr(_key_parts, "key_parts", lambda *_: 2)
+    getattr(transforms.Checks("cuda", "bfloat16"), check)(subset)
