@@ -1,10 +1,10 @@
 """Into how many parts the backward kernels split what each key head has to do.
 
 A CTA that computes dk and dv walks the queries of all query heads that read its keys.
-Where key heads are few and keys not many, such walks are long and fewer than a GPU has
+Where heads are few and keys not many, such walks are long and fewer than a GPU has
 multiprocessors; under a causal mask the longest of them takes twice the mean besides.
-Parts of a key head, each for some of its query heads, are so many more and shorter
-walks. dk and dv of a key head are then the sums over its parts.
+Parts of a key head, each for some of its query heads or for some queries of one, are so
+many more and shorter walks. dk and dv of a key head are then the sums over its parts.
 """
 
 import heapq
@@ -23,9 +23,15 @@ _MULTIPROCESSORS = 132
 # query tile.
 _TILE_K, _WIDE_TILE_K = 128, 64
 _TILE_Q = 64
-# What a key tile takes besides its walk, and what summing takes, in steps.
-_TILE_STEPS = 3.0
-_SUM_STEPS = 8.0
+# What a key tile takes besides its walk, in steps, and what summing takes, and of how
+# many key tiles' parts in another step: found from times of calls in different numbers
+# of parts (docs/tuning.md).
+_TILE_STEPS = 6.0
+_SUM_STEPS = 1.0
+_SUMMED_TILES = 128
+_MOST_QUERY_PARTS = 8
+_PART_HEAD_DIM = 128
+"""The widest heads whose queries are split (csrc/kernels/params/backward_params.h)."""
 
 
 def key_parts(
@@ -37,7 +43,14 @@ def key_parts(
 ) -> int:
     """Returns into how many parts of each key head the backward is fastest.
 
-    It divides the number of query heads that read a key head, and is 1 for
+    It divides the number of query heads that read a key head, or is a multiple of that:
+    each query head then comes in parts, too. That is not for
+
+    - deterministic calls, which run by the split form, whose dq has no parts;
+    - head dims above 128, which run by clusters where heads are few;
+    - kernels that tests and tuning force.
+
+    It is 1 for
 
     - calls with key tiles for two rounds of all multiprocessors, whose parts would
       take memory for little;
@@ -53,26 +66,47 @@ def key_parts(
         architecture: That the kernels are compiled for, such as "sm_90".
         multiprocessors: Of the GPU; 0 where it is not known.
     """
-    if dims.heads == dims.heads_k or architecture != _ARCHITECTURE:
-        return 1
-    if dtype != jnp.bfloat16:
+    if architecture != _ARCHITECTURE or dtype != jnp.bfloat16:
         return 1
     if not all(isinstance(length, int) and length > 0 for length in dims):
         return 1
     multiprocessors = multiprocessors or _MULTIPROCESSORS
-    if _key_tiles(dims) >= 2 * multiprocessors:
+    tiles = _key_tiles(dims)
+    if tiles >= 2 * multiprocessors:
         return 1
-    walks = _walks(dims, spec)
     group = dims.heads // dims.heads_k
-    divisors = [parts for parts in range(1, group + 1) if group % parts == 0]
+    candidates = [parts for parts in range(1, group + 1) if group % parts == 0]
+    if _splits_queries(dims, spec):
+        more = (group * number for number in range(2, _MOST_QUERY_PARTS + 1))
+        candidates += [parts for parts in more if tiles * parts <= 2 * multiprocessors]
+    walks = _walks(dims, spec)
 
     def steps(parts: int) -> float:
-        shorter = [group // parts * walk for walk in walks]
+        number = max(1, parts // group)  # of parts of a query head
+        heads_of_part = max(1, group // parts)
+        shorter = [heads_of_part * _part_of(walk, number, dims) for walk in walks]
         heads = dims.batch * dims.heads_k * parts
-        summing = 0.0 if parts == 1 else _SUM_STEPS
+        summing = 0.0 if parts == 1 else _SUM_STEPS + tiles * parts / _SUMMED_TILES
         return _steps(shorter, heads, multiprocessors) + summing
 
-    return min(divisors, key=steps)
+    return min(candidates, key=steps)
+
+
+def _splits_queries(dims: _shapes.Dimensions, spec: _spec.AttentionSpec) -> bool:
+    if spec.deterministic or dims.head_dim > _PART_HEAD_DIM:
+        return False
+    if spec.softcap and spec.dropout_p:  # by the split form at some head dims
+        return False
+    return _ffi.native is not None and not _ffi.native.is_overridden("backward")
+
+
+def _part_of(walk: int, number: int, dims: _shapes.Dimensions) -> int:
+    """The longest of so many parts of a walk along one query head, in whole tiles."""
+    if number == 1:
+        return walk
+    # Narrow heads have tiles of two steps. -(-a // b) is rounded up.
+    steps = 2 if dims.head_dim <= 64 else 1
+    return -(-walk // (steps * number)) * steps
 
 
 def _tile_k(dims: _shapes.Dimensions) -> int:

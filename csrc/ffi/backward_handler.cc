@@ -1,6 +1,7 @@
 // Custom call flash_attention_backward:
 //   (q, k, v | q, kv | qkv), [slopes], [dropout_keys], out, lse, dout, [dlse]
 //     -> (dq, dk, dv | dq, dkv | dqkv), dq_accum, statistics, head_states, [turns]
+// dk and dv may have several heads for each of k's, which the caller sums.
 // dlse is there when the attribute has_dlse says so, turns when the call is deterministic.
 #include "ffi/attributes.h"
 #include "ffi/buffers.h"
@@ -46,9 +47,14 @@ StatusOr<BackwardCall> decode(const xla::ffi::Dictionary& attributes, BufferRead
   if (call.spec.deterministic) call.turns = static_cast<int*>(buffers.next_result().untyped_data());
   JFA_RETURN_IF_ERROR(buffers.finish());
   JFA_ASSIGN_OR_RETURN(const launchers::Element element, element_of(inputs.dtype));
-  if (inputs.heads_k == 0 || gradients.heads_k % inputs.heads_k != 0)
+  const bool whole_parts =
+      inputs.heads_k > 0 && gradients.heads_k > 0 && gradients.heads_k % inputs.heads_k == 0;
+  const bool whole_heads = whole_parts && (inputs.heads % gradients.heads_k == 0 ||
+                                           gradients.heads_k % inputs.heads == 0);
+  if (!whole_heads)
     return Status::invalid_argument(
-        "The heads of dk and dv of a flash attention call are not a multiple of those of k and v.");
+        "The heads of dk and dv of a flash attention call are not a multiple of those of k and v, "
+        "or neither a divisor nor a multiple of those of q.");
   call.key_parts = static_cast<int>(gradients.heads_k / inputs.heads_k);
   call.shape = {element,           batch,          inputs.seqlen_q, inputs.seqlen_k, inputs.heads,
                 gradients.heads_k, inputs.head_dim};

@@ -224,6 +224,11 @@ nb::dict cache() {
   return result;
 }
 
+bool is_overridden(const std::string& operation) {
+  return (operation == "forward" ? launchers::forward_override() : launchers::backward_override())
+      .has_value();
+}
+
 void override_tiles(const std::string& operation, const std::string& text) {
   raise_if_error(launchers::override_tiles(operation, text));
 }
@@ -251,6 +256,7 @@ NB_MODULE(_native, module) {
   module.def("nvrtc", &nvrtc);
   module.def("cache", &cache);
   module.def("override_tiles", &override_tiles, nb::arg("operation"), nb::arg("tiles"));
+  module.def("is_overridden", &is_overridden, nb::arg("operation"));
 }
 
 }  // namespace jax_flash_attn::ffi

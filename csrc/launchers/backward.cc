@@ -160,7 +160,7 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
   const BackwardSpecialization& specialization = plan.specialization;
   if (shape.batch == 0) return Status();  // there is nothing that a tensor map could describe
   const std::int64_t groups = shape.batch * shape.heads_k;
-  const std::int64_t group_heads = shape.heads / shape.heads_k;
+  const std::int64_t group_heads = std::max<std::int64_t>(1, shape.heads / shape.heads_k);
   const std::int64_t group_tiles = ceil_div(shape.seqlen_k, specialization.tile_k);
   // Groups that the CTAs of so many rounds of all multiprocessors make up.
   const auto groups_of = [&](double rounds) {
@@ -171,8 +171,9 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
   // So few that the main kernel would round none, and CTAs of the first rounds wait for rows that
   // others only prepare in them: 10 to 20% under a causal mask (docs/tuning.md).
   const bool few_groups = call.spec.windowed() && groups_of(kRoundsBehind) == groups;
+  // A group that shares its query head with others has no rows of its own.
   const bool serves = specialization.prepared_rows > 0 && shape.seqlen_q > 0 && !few_groups &&
-                      visible_keys >= kServedKeys;
+                      visible_keys >= kServedKeys && shape.heads_k <= shape.heads;
   // With such leads a CTA finds its rows prepared, and a group finished or nearly so. The shorter
   // they are, the more of the rows is still in L2: key tiles that take equally long, and long, need
   // less of them, and CTAs of the first round, which then wait for some, are few (docs/tuning.md).
@@ -207,8 +208,10 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
     JFA_RETURN_IF_ERROR(fill(params.dout_rows, call.dout));
   }
 
+  const std::int64_t query_heads = shape.batch * shape.heads;
   const std::int64_t row_blocks = backward.padded_rows / jfa::kWorkspaceRowMultiple;
-  const std::int64_t first_ctas = row_blocks * prepares_ahead * group_heads;
+  const std::int64_t first_ctas =
+      row_blocks * (serves ? prepares_ahead * group_heads : query_heads);
   JFA_RETURN_IF_ERROR(launch(*plan.first, *specialization.first, first_ctas, stream, &backward));
   // CTAs stay, and take one key tile after the other. Without queries nobody has cleared what they
   // take tiles by, and there is little to do.
@@ -219,8 +222,8 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
       launch(*plan.main, specialization.main, main_ctas, stream, &params, first_ctas > 0));
   const std::int64_t query_tiles = ceil_div(shape.seqlen_q, specialization.tile_q);
   return launch(*plan.postprocess, *specialization.postprocess,
-                query_tiles * rounds_behind * group_heads, stream, &backward,
-                first_ctas + main_ctas > 0);
+                query_tiles * (serves ? rounds_behind * group_heads : query_heads), stream,
+                &backward, first_ctas + main_ctas > 0);
 }
 
 // dq by itself, which also leaves the statistics for dk and dv; then these.
@@ -232,7 +235,9 @@ Status run_split(const BackwardCall& call, const BackwardPlan& plan,
   if (shape.batch == 0) return Status();  // there is nothing that a tensor map could describe
   jfa::Sm90DealtBackwardParams dq{};
   dq.backward = backward;
-  dq.tiles = deal_query_tiles(shape, specialization.dq_tile_q);
+  AttentionShape of_keys = shape;  // as k and v have heads
+  of_keys.heads_k /= call.key_parts;
+  dq.tiles = deal_query_tiles(of_keys, specialization.dq_tile_q);
   JFA_RETURN_IF_ERROR(
       fill_sm90_params(dq, call, specialization.dq_tile_q, specialization.dq_tile_k));
   const std::int64_t query_tiles = dq.tiles.of_head * shape.batch * shape.heads;
@@ -277,6 +282,15 @@ Status run_cluster(const BackwardCall& call, const BackwardPlan& plan,
   return launch(*plan.postprocess, *specialization.postprocess,
                 ceil_div(shape.seqlen_q, specialization.tile_q) * query_heads, stream, &backward,
                 first_ctas + clusters > 0);
+}
+
+// Of every call: where the family is forced, one plan serves calls with such parts and others.
+Status check_parts(const AttentionShape& shape, Family family) {
+  if (shape.heads_k <= shape.heads) return Status();
+  if (family != Family::kSm90Head && shape.head_dim <= jfa::kPartHeadDim) return Status();
+  return Status::unimplemented(
+      "Key heads with a part of a query head each are for head dims up to " +
+      std::to_string(jfa::kPartHeadDim) + " and other families than sm90head.");
 }
 
 // Everything at once, a head at a time.
@@ -326,6 +340,7 @@ Status run_backward(const BackwardCall& call, runtime::CUstream stream) {
     JFA_ASSIGN_OR_RETURN(plan, plans().get(key, [&] { return make_plan(call); }));
   }
   const BackwardSpecialization& specialization = plan->specialization;
+  JFA_RETURN_IF_ERROR(check_parts(call.shape, specialization.family));
   const jfa::BackwardParams params = backward_params(call);
   const std::int64_t query_heads = call.shape.batch * call.shape.heads;
   if (specialization.family == Family::kSm90Split) return run_split(call, *plan, params, stream);

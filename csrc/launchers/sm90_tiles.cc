@@ -235,7 +235,11 @@ StatusOr<BackwardTiles> backward_tiles(const AttentionSpec& spec, const Attentio
 }
 
 bool suits_one_round(const AttentionSpec& spec, const AttentionShape& shape, int multiprocessors) {
-  if (!spec.causal() || spec.deterministic || shape.head_dim <= kOneRoundHeadDim) return false;
+  if (spec.deterministic) return false;
+  // Query heads come in parts where key tiles leave multiprocessors idle; dq of the split form's
+  // first kernel would not.
+  if (shape.heads_k > shape.heads) return true;
+  if (!spec.causal() || shape.head_dim <= kOneRoundHeadDim) return false;
   if (shape.heads != shape.heads_k || shape.seqlen_q < kOneRoundSeqlen) return false;
   const std::int64_t key_tiles =
       ceil_div(shape.seqlen_k, kBackwardTileK) * shape.batch * shape.heads_k;
@@ -290,7 +294,7 @@ std::int64_t head_ctas(const AttentionSpec& spec, const AttentionShape& shape,
 }
 
 bool suits_heads(const AttentionSpec& spec, const AttentionShape& shape, int multiprocessors) {
-  if (shape.seqlen_k == 0) return false;
+  if (shape.seqlen_k == 0 || shape.heads_k > shape.heads) return false;
   const int passes = shape.seqlen_q > kHeadSeqlen ? kHeadPasses : 1;
   if (passes > 1 && (shape.seqlen_q < kHeadPassesSeqlen ||
                      !(spec.causal() || (spec.deterministic && !spec.windowed()))))

@@ -209,21 +209,26 @@ def _jobs(options: argparse.Namespace) -> Iterator[Job]:
         by_tiles = {
             _ffi.native.tiles(*target, **sizes): sizes
             for seqlen in (*limits, limits[-1] + 1, _LONG)
-            for sizes in ({"seqlen_q": seqlen}, _of_many_heads(seqlen))
+            for sizes in (
+                {"seqlen_q": seqlen},
+                _of_heads(seqlen, batch=1 << 20),  # keep every multiprocessor busy
+                _of_heads(seqlen),
+                _of_heads(seqlen, heads_k=2),  # each with a part of the queries
+            )
         }
         for sizes in by_tiles.values():
             fixed = tuple(sizes.items())
             yield Job(operation, spec, dtype, padded, architecture, fixed)
 
 
-def _of_many_heads(seqlen: int) -> dict[str, int]:
-    """Sizes of a call that keeps every multiprocessor busy with heads."""
+def _of_heads(seqlen: int, batch: int = 1, heads_k: int = 1) -> dict[str, int]:
+    """Sizes of a call with so many key heads, for one query head."""
     return {
         "seqlen_q": seqlen,
         "seqlen_k": seqlen,
-        "batch": 1 << 20,
+        "batch": batch,
         "heads": 1,
-        "heads_k": 1,
+        "heads_k": heads_k,
     }
 
 

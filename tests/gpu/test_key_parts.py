@@ -1,4 +1,4 @@
-"""Calls whose key heads are so few that the backward splits them into parts."""
+"""Calls whose heads are so few that the backward splits key heads into parts."""
 
 import dataclasses
 
@@ -40,6 +40,15 @@ CASES = (
     dataclasses.replace(
         MQA, name="features", window_size=(300, 20), alibi="h", dropout_p=0.1
     ),
+    # Queries of a head in parts, too.
+    dataclasses.replace(MQA, name="few_heads", batch=2, heads=3, heads_k=3),
+    dataclasses.replace(MQA, name="few_causal_heads", heads=4, heads_k=4, causal=True),
+    dataclasses.replace(
+        MQA, name="few_narrow_heads", heads=4, heads_k=2, head_dim=64, seqlen_q=500
+    ),
+    dataclasses.replace(
+        MQA, name="few_windows", heads=2, heads_k=2, window_size=(300, 400)
+    ),
 )
 
 
@@ -65,7 +74,7 @@ def test_gradients(case, expected):
 
 
 def test_packed():
-    case = dataclasses.replace(MQA, name="packed", causal=True)
+    case = dataclasses.replace(MQA, name="packed", heads_k=2, causal=True)
     assert has_parts(case)
     results = calls.run(case, packing="kv", implementation="cuda")
     oracle.check(results, oracle.of(case, inputs.make(case)))
@@ -74,19 +83,34 @@ def test_packed():
 SMALL = dataclasses.replace(
     cases.BY_NAME["causal_gqa"], seqlen_q=200, seqlen_k=230, heads=8, heads_k=2
 )
+SMALL_FULL = dataclasses.replace(SMALL, name="full", causal=False)
 PASSES = dataclasses.replace(SMALL, name="passes", head_dim=64, seqlen_q=900)
 """Whole heads come in two passes where a part has one query head."""
+WIDE, WIDE_FULL = (
+    dataclasses.replace(case, name=f"wide_{case.name}", head_dim=256)
+    for case in (SMALL, SMALL_FULL)
+)
 FAMILY_CASES = (
     ("sm80", SMALL, 2),
+    ("sm80", SMALL_FULL, 12),
     ("sm90", SMALL, 2),
+    ("sm90", SMALL_FULL, 2),
     ("sm90", dataclasses.replace(SMALL, name="head_dim_128", head_dim=128), 4),
+    ("sm90", dataclasses.replace(SMALL, name="queries", seqlen_q=700), 12),
+    ("sm90", dataclasses.replace(SMALL_FULL, name="empty", head_dim=128), 32),
     ("sm90split", SMALL, 2),
-    ("sm90split", dataclasses.replace(SMALL, name="wide", head_dim=192), 4),
-    ("sm90head", dataclasses.replace(SMALL, head_dim=64), 2),
+    ("sm90split", SMALL_FULL, 8),
+    ("sm90split", dataclasses.replace(SMALL, name="queries", seqlen_q=700), 12),
+    ("sm90split", dataclasses.replace(WIDE, head_dim=192), 4),
+    ("sm90split", WIDE_FULL, 2),
+    ("sm90head", dataclasses.replace(SMALL, name="heads", head_dim=64), 2),
+    ("sm90head", dataclasses.replace(SMALL_FULL, name="full_heads", head_dim=64), 4),
     ("sm90head", PASSES, 4),
-    ("sm90cluster", dataclasses.replace(SMALL, head_dim=256), 2),
+    ("sm90cluster", WIDE, 2),
+    ("sm90cluster", WIDE_FULL, 4),
 )
-"""A backward, a case, and into how many parts its key heads are split."""
+"""A backward, a case, and into how many parts its key heads are split: where they are
+more than a group has heads, 4, queries of each come in parts. Of 32 some are empty."""
 
 
 @pytest.fixture
@@ -100,6 +124,14 @@ def run_in(monkeypatch):
             return jax.block_until_ready(function(arrays))
 
     return run
+
+
+def assert_same(results, others, select=lambda name: ...):
+    for name, result in results.items():
+        index = select(name)
+        np.testing.assert_array_equal(
+            np.asarray(result)[index], np.asarray(others[name])[index], err_msg=name
+        )
 
 
 @pytest.mark.parametrize(("family", "case", "parts"), FAMILY_CASES, ids=str)
@@ -120,23 +152,89 @@ def test_what_is_not_finite_stays_in_its_rows(
     containment.check(results, expected[case], case, operand, row)
 
 
+# Two key tiles, which add to equal sums of dq in any order.
 @pytest.mark.parametrize(
     ("family", "case", "parts"),
-    [row for row in FAMILY_CASES if row[0] != "sm90cluster"],
+    [row for row in FAMILY_CASES if row[1].causal],
     ids=str,
 )
-def test_deterministic(run_in, family, case, parts, expected):
+def test_what_is_not_finite_stays_in_its_key_head(run_in, family, case, parts):
     arrays = inputs.make(case)
-    runs = [run_in(arrays, family, case, parts, deterministic=True) for _ in range(3)]
-    oracle.check(runs[0], expected[case])
-    for name, first in runs[0].items():
+    clean = run_in(arrays, family, case, parts)
+    dirty = run_in(
+        arrays | {"k": arrays["k"].at[:, :, 0].set(np.nan)}, family, case, parts
+    )
+
+    def of_last(name):
+        if name in ("dk", "dv"):
+            return (slice(None), slice(None), slice(1, None))
+        heads = slice(4, None)
+        return (
+            (slice(None), heads) if name == "lse" else (slice(None), slice(None), heads)
+        )
+
+    assert_same(clean, dirty, of_last)
+
+
+LONG, LONG_FULL, LONG_WIDE, LONG_PASSES = (
+    dataclasses.replace(case, name=f"long_{case.name}", seqlen_q=seqlen_q, seqlen_k=700)
+    for case, seqlen_q in ((SMALL, 500), (SMALL_FULL, 500), (WIDE, 500), (PASSES, 900))
+)
+ORDERED = (
+    ("sm80", LONG),
+    ("sm90", LONG),
+    ("sm90split", LONG_FULL),
+    ("sm90split", LONG_WIDE),
+    ("sm90head", LONG_PASSES),
+)
+"""More key tiles than two add to a query tile, whose order then shows in the sums."""
+
+
+@pytest.mark.parametrize(("family", "case"), ORDERED, ids=str)
+def test_deterministic(run_in, family, case, expected):
+    """dq has the same bits in any number of parts, and all results from run to run."""
+    arrays = inputs.make(case)
+    every = [
+        [run_in(arrays, family, case, parts, deterministic=True) for _ in range(5)]
+        for parts in (2, 4)
+        if family != "sm90head" or parts == 4
+    ]
+    for runs in every:
+        oracle.check(runs[0], expected[case])
         for other in runs[1:]:
-            np.testing.assert_array_equal(first, other[name], err_msg=name)
+            assert_same(runs[0], other)
+    assert_same({"dq": every[0][0]["dq"]}, every[-1][0])
 
 
+def test_rows_are_served_beside_parts(run_in):
+    """Groups for more than the rounds of CTAs that the kernel before prepares for."""
+    case = dataclasses.replace(
+        cases.BY_NAME["plain"],
+        name="many_groups",
+        batch=4,
+        heads=32,
+        heads_k=8,
+        seqlen_q=512,
+        seqlen_k=512,
+    )
+    results = run_in(inputs.make(case), "sm90", case, 2)
+    oracle.check(results, oracle.expected(case))
+
+
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [("sm90head", dataclasses.replace(SMALL, head_dim=64)), ("sm90cluster", WIDE)],
+    ids=str,
+)
+def test_families_without_parts_of_query_heads_refuse_them(run_in, family, case):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a part of a query head"):
+        run_in(inputs.make(case), family, case, 8)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("subset", [("q",), ("k", "v"), ("q", "slopes")], ids=str)
 @pytest.mark.parametrize("check", ["vmap_of_grad", "grad_of_vmap"])
-def test_vmap(monkeypatch, check, subset):
+def test_vmap(monkeypatch, check, subset, parts):
     """Batch entries share keys, or queries, that are not mapped."""
-    monkeypatch.setattr(_key_parts, "key_parts", lambda *_: 2)
+    monkeypatch.setattr(_key_parts, "key_parts", lambda *_: parts)
     getattr(transforms.Checks("cuda", "bfloat16"), check)(subset)

@@ -58,6 +58,8 @@ CASES = (
     dataclasses.replace(PLAIN, name="gqa", heads=6),
     dataclasses.replace(PLAIN, name="mqa", heads=4, heads_k=1),
     dataclasses.replace(PLAIN, name="key_parts", seqlen_q=300, heads=16, heads_k=2),
+    dataclasses.replace(PLAIN, name="query_parts", seqlen_q=400, causal=True),
+    dataclasses.replace(PLAIN, name="query_parts_full", seqlen_q=400),
     dataclasses.replace(PLAIN, name="masked_rows", seqlen_k=60, causal=True),
     dataclasses.replace(PLAIN, name="one_query", seqlen_q=1),
     dataclasses.replace(PLAIN, name="one_key", seqlen_k=1),

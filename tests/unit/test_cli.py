@@ -1,5 +1,6 @@
 """The command line: what each command prints and the exit status it ends with."""
 
+import argparse
 import importlib.util
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import jax_flash_attn
 from jax_flash_attn import _ffi, cli
 from jax_flash_attn.cli import bench, doctor, progress, self_check
+from jax_flash_attn.cli import compile as compile_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -200,6 +202,34 @@ def test_compile_covers_every_combination_of_features(native):
         for spec in native.specs
     }
     assert features == {(-1, False), (0, False), (-1, True), (0, True)}
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "families"),
+    [
+        (64, {"split", "head", "128x128"}),
+        (128, {"split", "64x128"}),
+        (160, {"split", "cluster"}),
+        (256, {"split", "cluster"}),
+    ],
+)
+def test_compile_covers_few_and_many_heads(head_dim, families):
+    """Of lengths, too: the fused form is named by its tiles."""
+    features = dict.fromkeys(compile_command._FEATURES, False)
+    asked = argparse.Namespace(
+        architecture=["sm_90"],
+        head_dim=[head_dim],
+        dtype=None,
+        forward_only=False,
+        **features,
+    )
+    found = set()
+    for job in compile_command._jobs(asked):
+        if job.operation == "backward":
+            target = (_ffi.attributes(job.spec), job.dtype, head_dim, "sm_90")
+            tiles = _ffi.native.tiles("backward", *target, **dict(job.sizes))
+            found.add(tiles.split()[1].rstrip(","))
+    assert found == families
 
 
 def test_compile_takes_the_architectures_of_the_devices(capsys, native):

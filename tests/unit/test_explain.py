@@ -11,9 +11,9 @@ pytestmark = pytest.mark.core
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
-def structs(head_dim=64, dtype=jnp.bfloat16, heads_k=2, seqlen_q=100):
-    q = jax.ShapeDtypeStruct((2, seqlen_q, 4, head_dim), dtype)
-    k = jax.ShapeDtypeStruct((2, 120, heads_k, head_dim), dtype)
+def structs(head_dim=64, dtype=jnp.bfloat16, heads_k=2, seqlen_q=100, batch=2):
+    q = jax.ShapeDtypeStruct((batch, seqlen_q, 4, head_dim), dtype)
+    k = jax.ShapeDtypeStruct((batch, 120, heads_k, head_dim), dtype)
     return q, k, k
 
 
@@ -73,7 +73,7 @@ def test_short_masked_sequences_have_tiles_of_their_own():
 def test_when_dq_is_computed_by_itself(head_dim, seqlen, options, is_split):
     if "dropout_rng" in options:
         options = {**options, "dropout_rng": jax.random.key(0)}
-    operands = structs(head_dim=head_dim, seqlen_q=seqlen)
+    operands = structs(head_dim=head_dim, seqlen_q=seqlen, batch=132)
     found = explain(*operands, architecture="sm_90", **options)
     assert found.backward.startswith("sm90 split" if is_split else "sm90 ")
     assert ("split" in found.backward) == is_split

@@ -12,6 +12,7 @@ from jax_flash_attn import (
     _shapes,
     _spec,
     explain,
+    testing,
 )
 
 pytestmark = pytest.mark.core
@@ -42,30 +43,51 @@ def parts(
         (parts((8192, 8192), (8, 1), **CAUSAL), 4),
         (parts((2048, 2048), (16, 4)), 2),  # 128 tiles of 132 that run at a time
         (parts((2048, 2048), (16, 4), gpu=("sm_90", 0)), 2),
-        (parts((2048, 2048), (16, 4), gpu=("sm_90", 60)), 4),
         (parts((2048, 2048), (14, 2), **CAUSAL), 7),
-        # All walks have 1,152 queries, but the last.
-        (parts((8192, 8192), (16, 4), window_left=1023, window_right=0), 1),
         (parts((2048, 2048), (16, 4), window_left=1023, window_right=0), 2),
         # The first keys have the longest walks, of nearly all queries.
         (parts((4096, 4096), (16, 4), window_left=4000, window_right=0), 2),
         # Of half as many walks all have nearly all queries.
         (parts((1024, 4096), (16, 4), **CAUSAL), 1),
-        (parts((1024, 4096), (16, 4), window_right=0, top_left=True), 4),
         (parts((2048, 2048), (16, 4), head_dim=256), 1),  # tiles of 64 keys
+        # Queries of a head in parts, too: as many key tiles as run at a time,
+        (parts((1024, 1024), (8, 8)), 2),
+        (parts((512, 512), (8, 8)), 4),
+        (parts((512, 512), (16, 4), **CAUSAL), 8),
+        # or twice as many, the longest of which are half as long,
+        (parts((2048, 2048), (8, 8), **CAUSAL), 2),
+        (parts((2048, 2048), (8, 1), **CAUSAL), 16),
+        # but not where these take as long one after the other.
+        (parts((1024, 1024), (16, 16)), 1),
+        (parts((1024, 1024), (16, 16), **CAUSAL), 1),
+        (parts((1024, 1024), (16, 4), **CAUSAL), 4),
+        (parts((1024, 1024), (8, 8), head_dim=136), 1),
+        (parts((1024, 1024), (8, 8), deterministic=True), 1),
+        (parts((1024, 1024), (8, 8), softcap=9.0), 2),
+        (parts((1024, 1024), (8, 8), softcap=9.0, dropout_p=0.1), 1),
+        (parts((1024, 1024), (8, 2), head_dim=136), 4),
         # Two rounds of tiles, or nothing to share.
         (parts((2048, 2048), (16, 4), batch=5, **CAUSAL), 1),
         (parts((2048, 2048), (16, 16), **CAUSAL), 1),
-        # Summing takes longer than it saves.
-        (parts((100, 100), (4, 1), **CAUSAL), 1),
+        (parts((60, 60), (4, 4), **CAUSAL), 1),
         (parts((0, 100), (8, 1)), 1),
         (parts((2048, 2048), (16, 4), deterministic=True, **CAUSAL), 4),
+        (parts((2048, 2048), (8, 1), deterministic=True, **CAUSAL), 8),
         (parts((2048, 2048), (16, 4), dtype=jnp.float16, **CAUSAL), 1),
         (parts((2048, 2048), (16, 4), gpu=("sm_80", 108), **CAUSAL), 1),
     ],
 )
 def test_parts(call, expected):
     assert call == expected
+
+
+def test_queries_come_whole_where_a_family_is_forced():
+    """One of them has dk and dv of whole query heads alone."""
+    call = {"seqlens": (1024, 1024), "heads": (8, 8)}
+    with testing.override_tiles("backward", "sm90"):
+        assert parts(**call) == 1
+    with testing.override_tiles("forward", "sm90"):
+        assert parts(**call) == 2
 
 
 def test_sums_are_rounded_once():
@@ -126,3 +148,7 @@ def test_explain_tells_them():
     assert "parts" not in found.forward
     found = explain(q, q, q, causal=True, architecture="sm_90")
     assert "parts" not in found.backward
+    q = jax.ShapeDtypeStruct((1, 512, 8, 64), jnp.bfloat16)
+    found = explain(q, q, q, architecture="sm_90")
+    assert found.backward.startswith("sm90 128x128")  # not by the split form
+    assert found.backward.endswith("each key head in 4 parts")

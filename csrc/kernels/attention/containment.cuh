@@ -21,6 +21,7 @@
 
 #include <attention/dropout.cuh>
 #include <attention/head_address.cuh>
+#include <attention/query_group.cuh>
 #include <attention/score_transform.cuh>
 #include <attention/visible_range.cuh>
 #include <params/backward_params.h>
@@ -258,7 +259,7 @@ __device__ __forceinline__ void contain_dq(const BackwardParams& params, int bat
   const Range tiles = range.key_tiles(first_query);
   const Range walked{tiles.begin * Config::kTileK,
                      min(tiles.end * Config::kTileK, attention.seqlen_k)};
-  const int head_k = own_key_head(params, head / (attention.heads / attention.heads_k));
+  const int head_k = head / key_head_group(params);
   const int end_query = min(queries.end, attention.seqlen_q);
 #pragma unroll 1
   for (int query = queries.begin; query < end_query; query += stride) {
@@ -290,18 +291,20 @@ __device__ __forceinline__ void contain_dk_dv(const BackwardParams& params, int 
                                               Range keys, int stride) {
   const AttentionParams& attention = params.attention;
   const VisibleRange<Config> range(attention);
-  const int group = attention.heads / attention.heads_k;
-  const Range heads{head_k * group, (head_k + 1) * group};
+  const int first_head = first_query_head(attention, head_k);
+  const Range heads{first_head, first_head + group_heads<Config>(attention)};
 #pragma unroll 1
   for (int key = keys.begin; key < min(keys.end, attention.seqlen_k); key += stride) {
     RecomputedRow<Config> dk(row_address(params.dk, batch, head_k, key));
     RecomputedRow<Config> dv(row_address(params.dv, batch, head_k, key));
     if (dk.stored.is_finite() && dv.stored.is_finite()) continue;
     const KeySide<Config> key_side(attention, batch, own_key_head(params, head_k), key);
-    const Range tiles = range.query_tiles(key / Config::kTileK * Config::kTileK);
+    const Range tiles = own_query_tiles<Config>(
+        attention, head_k, range.query_tiles(key / Config::kTileK * Config::kTileK));
     const Range walked{tiles.begin * Config::kTileQ,
                        min(tiles.end * Config::kTileQ, attention.seqlen_q)};
-    const Range visible = range.seeing_queries(key);
+    const Range seeing = range.seeing_queries(key);
+    const Range visible{max(seeing.begin, walked.begin), min(seeing.end, walked.end)};
     bool spoilt = false;
 #pragma unroll 1
     for (int head = heads.begin; head < heads.end && !spoilt; ++head)
@@ -341,13 +344,17 @@ __device__ __forceinline__ void contain_gradients(const BackwardParams& params,
                          {first_query + warp, first_query + Config::kTileQ}, warps);
     }
     // The CTAs of a group share the keys of its head.
-    const int group = attention.heads / attention.heads_k;
-    const int head_k = place.head / group;
-    if (params.spoilt[place.batch * attention.heads + head_k * group] != 0) {
+    const int group = group_heads<Config>(attention);
+    const int first_head = place.head / group * group;
+    if (params.spoilt[place.batch * attention.heads + first_head] != 0) {
       const int query_tiles = (attention.seqlen_q + Config::kTileQ - 1) / Config::kTileQ;
       const int cta = place.head % group * query_tiles + place.tile;
-      contain_dk_dv<Config>(params, place.batch, head_k, {cta * warps + warp, attention.seqlen_k},
-                            group * query_tiles * warps);
+      const int parts = query_parts(attention);
+      const int first_head_k = first_head / group * parts;
+#pragma unroll 1
+      for (int head_k = first_head_k; head_k < first_head_k + parts; ++head_k)
+        contain_dk_dv<Config>(params, place.batch, head_k, {cta * warps + warp, attention.seqlen_k},
+                              group * query_tiles * warps);
     }
   }
 }

@@ -17,6 +17,9 @@ constexpr int kSmallestQueryTile = 16;
 // it.
 constexpr int kHeadStates = 5;
 
+// The widest heads of which a key head may have a part of the queries (attention/query_group.cuh).
+constexpr int kPartHeadDim = 128;
+
 struct BackwardParams {
   AttentionParams attention;
   TensorView out;
@@ -38,8 +41,9 @@ struct BackwardParams {
   int* added;      // key tiles whose additions to dq of the group are all there
   int* taken;      // of the first head alone: key tiles that CTAs have taken
   int* turns;      // (batch, heads, padded_rows / kSmallestQueryTile); null unless deterministic
-  // Of attention.heads_k, how many in a row share a head of k and v, each with dk and dv for a part
-  // of its query heads (jax_flash_attn/_key_parts.py).
+  // Of attention.heads_k, how many in a row share a head of k and v, each with dk and dv for some
+  // of its query heads or some queries of one (attention/query_group.cuh,
+  // jax_flash_attn/_key_parts.py).
   int key_parts;
   int lse_batches;  // lse and dlse of batch b are those of b % lse_batches
   int dlse_batches;

@@ -25,6 +25,7 @@
 #include <attention/containment.cuh>
 #include <attention/dropout.cuh>
 #include <attention/head_address.cuh>
+#include <attention/query_group.cuh>
 #include <attention/score_layout.cuh>
 #include <attention/score_transform.cuh>
 #include <attention/visible_range.cuh>
@@ -274,15 +275,17 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
   const int key_tiles = (attention.seqlen_k + Config::kTileK - 1) / Config::kTileK;
   const attention::GridPlace place(key_tiles, attention.heads_k);
   const int first_key = place.tile * Config::kTileK;
-  const int group = attention.heads / attention.heads_k;
   const attention::VisibleRange<Config> range(attention);
-  const attention::Range query_tiles = range.query_tiles(first_key);
-  const int end_head = query_tiles.empty() ? place.head * group : (place.head + 1) * group;
+  const attention::Range query_tiles =
+      attention::own_query_tiles<Config>(attention, place.head, range.query_tiles(first_key));
+  const int first_head = attention::first_query_head(attention, place.head);
+  const int end_head =
+      query_tiles.empty() ? first_head : first_head + attention::group_heads<Config>(attention);
   const auto next_step = [&](const BackwardStep& step) {
     return step.query_tile + 1 < query_tiles.end ? BackwardStep{step.head, step.query_tile + 1}
                                                  : BackwardStep{step.head + 1, query_tiles.begin};
   };
-  BackwardStep step{place.head * group, query_tiles.begin};
+  BackwardStep step{first_head, query_tiles.begin};
 
   const unsigned shared_base = tile::shared_address(shared);
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -415,7 +418,7 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
   write_key_gradient<Config>(params.dv, place.batch, place.head, first_key, attention.seqlen_k,
                              shared + Shapes::kValueOffset, dv);
   if (spoilt && threadIdx.x == 0) {
-    params.spoilt[place.batch * attention.heads + place.head * group] = 1;
+    params.spoilt[place.batch * attention.heads + first_head] = 1;
   }
 }
 

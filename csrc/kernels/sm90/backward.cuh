@@ -368,7 +368,7 @@ __device__ __forceinline__ void consume_backward(const Sm90FusedBackwardParams& 
       if constexpr (Config::kWindowed) {
         if (spoilt)
           backward.spoilt[stored.batch * attention.heads +
-                          stored.head * (attention.heads / attention.heads_k)] = 1;
+                          attention::first_query_head(attention, stored.head)] = 1;
       }
     };
     if (steps == 0) stages.values.release(0);

@@ -5,6 +5,7 @@
 #include <attention/containment.cuh>
 #include <attention/dropout.cuh>
 #include <attention/head_address.cuh>
+#include <attention/query_group.cuh>
 #include <attention/score_layout.cuh>
 #include <attention/score_transform.cuh>
 #include <attention/visible_range.cuh>
@@ -27,14 +28,17 @@ constexpr int kBackwardThreads = (kBackwardConsumers + 1) * 128;
 constexpr int kBackwardConsumerRegisters = 240;
 constexpr int kBackwardProducerRegisters = 24;
 
-// A CTA's walk: all query tiles that see its keys, for each query head of its group. kStaggered:
+// A CTA's walk: all query tiles that see its keys, for each query head of its group, or a part of
+// one's (attention/query_group.cuh). kStaggered:
 // CTAs side by side start apart, as a causal mask would have it: additions to one dq tile at one
 // time wait for each other (3 to 6% without a mask on an H100). Where nothing is added they start
 // together, and read a tile from L2 at the same time.
 template <class Config, bool kStaggered = true>
 struct BackwardWalk {
+  static constexpr bool kHasParts = Config::kHeadDim <= kPartHeadDim;
   attention::TilePlace place;  // head is the key head
   int group;
+  int first_head;  // unused, and in no register, where there are no parts
   int first_key;
   attention::Range query_tiles;
 
@@ -42,9 +46,12 @@ struct BackwardWalk {
   __device__ __forceinline__ BackwardWalk(const AttentionParams& attention,
                                           const attention::TilePlace& tile_place)
       : place(tile_place),
-        group(attention.heads / attention.heads_k),
+        group(attention::group_heads<Config>(attention)),
+        first_head(attention::first_query_head(attention, place.head)),
         first_key(place.tile * Config::kTileK),
-        query_tiles(attention::VisibleRange<Config>(attention).query_tiles(first_key)) {}
+        query_tiles(attention::own_query_tiles<Config>(
+            attention, place.head,
+            attention::VisibleRange<Config>(attention).query_tiles(first_key))) {}
 
   __device__ __forceinline__ int steps() const {
     return query_tiles.empty() ? 0 : group * (query_tiles.end - query_tiles.begin);
@@ -55,7 +62,9 @@ struct BackwardWalk {
     int head;
     int query_tile;
   };
-  __device__ __forceinline__ Step first() const { return {place.head * group, first_tile()}; }
+  __device__ __forceinline__ Step first() const {
+    return {kHasParts ? first_head : place.head * group, first_tile()};
+  }
   __device__ __forceinline__ void advance(Step& step) const {
     if (++step.query_tile == query_tiles.end) step.query_tile = query_tiles.begin;
     if (step.query_tile == first_tile()) ++step.head;
@@ -63,7 +72,8 @@ struct BackwardWalk {
   __device__ __forceinline__ int first_tile() const {
     if constexpr (Config::kWindowed || !kStaggered) return query_tiles.begin;
     // Fractions of the golden ratio: far apart for neighbours, and no division in the loop.
-    return __umulhi(place.tile * 0x9e3779b9u, query_tiles.end);
+    return query_tiles.begin +
+           __umulhi(place.tile * 0x9e3779b9u, query_tiles.end - query_tiles.begin);
   }
 };
 

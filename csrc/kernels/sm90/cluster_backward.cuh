@@ -90,7 +90,7 @@ struct GroupWalk {
 
   __device__ __forceinline__ GroupWalk(const AttentionParams& attention,
                                        const attention::TilePlace& group_place)
-      : place(group_place), group(attention.heads / attention.heads_k) {
+      : place(group_place), group(attention::group_heads<Config>(attention)) {
 #pragma unroll
     for (int rank = 0; rank < kKeyCtas; ++rank) {
       const WideKeyWalk<Config> walk(attention,

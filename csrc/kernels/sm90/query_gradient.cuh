@@ -362,9 +362,8 @@ __device__ __forceinline__ void query_gradient(const Sm90DealtBackwardParams& pa
   run_key_walk<Shapes>(
       stages,
       [&] {
-        const int group = attention.heads / attention.heads_k * params.backward.key_parts;
-        produce<Config, Shapes>(stages, attention, group, params.tiles, params.k, params.v,
-                                load_q_and_dout);
+        produce<Config, Shapes>(stages, attention, attention::key_head_group(params.backward),
+                                params.tiles, params.k, params.v, load_q_and_dout);
       },
       [&](int warp) { make_statistics<Config>(params, stages, warp); },
       [&](int consumer) { consume_query_gradient<Config>(params, stages, consumer); });

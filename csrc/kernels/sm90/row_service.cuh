@@ -131,6 +131,7 @@ struct RowService {
   __device__ __forceinline__ void tell_added() const {
     ptx::bulk_wait();  // also since shared memory ends with the CTA
     if constexpr (Config::kServesRows) {
+      if (!is_rounded_by_others()) return;
       ptx::fence_async_proxy_global();  // threads read what the copy engine added
       ptx::await_previous_grid();       // which has cleared the counter
       ptx::add_release(state_of(params.backward.added, group), 1);
@@ -191,6 +192,12 @@ struct RowService {
   }
   __device__ __forceinline__ int* state_of(int* states, int of_group) const {
     return states + of_group * params.group_heads;
+  }
+
+  // Whether CTAs of this kernel wait for the group's additions.
+  __device__ __forceinline__ bool is_rounded_by_others() const {
+    const AttentionParams& attention = params.backward.attention;
+    return group + params.rounds_behind < attention.batch * attention.heads_k;
   }
 
   static constexpr int kPrepared = 0;
