@@ -60,8 +60,8 @@ def flash_attn_func(
         alibi_slopes: (heads,) or (batch, heads): scores get
             -slope * |i + seqlen_k - seqlen_q - j|. Constants: no gradient flows to
             them.
-        deterministic: Gradients are bitwise equal from run to run, at some cost. The
-            output always is.
+        deterministic: Gradients are bitwise equal from run to run of one program, at
+            some cost. The output always is.
         dropout_rng: JAX PRNG key, typed or raw; needed when dropout_p > 0. The mask
             depends on the key, batch, head, i and j alone. Inside `jax.shard_map` fold
             the axis index into it.

@@ -152,11 +152,10 @@ static_assert(is_seqlen_limit(kSplitNarrow) && is_seqlen_limit(kSplitWide) &&
                   is_seqlen_limit(kSplitWideDeterministic),
               "calls of one plan run the same kernels");
 
-// Above this head dim and from so many queries on, causal calls with one round of key tiles are
-// better fused. That takes as long as the longest walk, the split form as long as the longest of
-// each kernel (279 and 236 TFLOP/s for 16 heads of 1,024 queries at head dim 128). Not where a key
-// head has several query heads, all of which a key tile walks.
-constexpr int kOneRoundHeadDim = 64;
+// From so many queries on, causal calls with one round of key tiles are better fused. That takes as
+// long as the longest walk, the split form as long as the longest of each kernel (279 and 236
+// TFLOP/s for 16 heads of 1,024 queries at head dim 128). Not where a key head has several query
+// heads, all of which a key tile walks.
 constexpr std::int64_t kOneRoundSeqlen = 512;
 
 // Of all query heads that read a key head.
@@ -187,8 +186,8 @@ constexpr double kClusterGain = 1.03;
 // H200 30. Where there are fewer, the last round of a short call takes longer than is thought here.
 constexpr int kClusters = 30;
 constexpr int kMultiprocessorsForThem = 132;
-// Above this head dim, clusters are also faster where heads are so few and so short that both
-// kernels of the split form leave multiprocessors idle.
+// Above this head dim, clusters are also faster where all heads together have so few groups of key
+// tiles that both kernels of the split form leave multiprocessors idle.
 constexpr int kFewGroupsHeadDim = 128;
 
 // Up to how many rounds of clusters that is (docs/tuning.md). Under a causal mask short walks fill
@@ -239,7 +238,7 @@ bool suits_one_round(const AttentionSpec& spec, const AttentionShape& shape, int
   // Query heads come in parts where key tiles leave multiprocessors idle; dq of the split form's
   // first kernel would not.
   if (shape.heads_k > shape.heads) return true;
-  if (!spec.causal() || shape.head_dim <= kOneRoundHeadDim) return false;
+  if (!spec.causal()) return false;
   if (shape.heads != shape.heads_k || shape.seqlen_q < kOneRoundSeqlen) return false;
   const std::int64_t key_tiles =
       ceil_div(shape.seqlen_k, kBackwardTileK) * shape.batch * shape.heads_k;

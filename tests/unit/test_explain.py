@@ -95,7 +95,9 @@ def many_heads(batch=33, seqlen_q=512, heads=4, heads_k=4, head_dim=64):
         ({"batch": 11, "seqlen_q": 512}, {}, False),
         ({"batch": 11, "seqlen_q": 511}, {}, True),
         ({"batch": 11, "head_dim": 72}, {}, False),
-        ({"batch": 11, "head_dim": 64, "seqlen_q": 512}, {}, True),
+        ({"batch": 11, "head_dim": 64, "seqlen_q": 512}, {}, False),
+        ({"batch": 11, "head_dim": 64, "seqlen_q": 511}, {}, True),
+        ({"batch": 12, "head_dim": 64, "seqlen_q": 512}, {}, True),
         ({"batch": 11, "heads": 8}, {"deterministic": True}, True),
         ({"batch": 5, "heads": 8}, {"dtype": jnp.float16}, True),  # no parts
         ({"batch": 11, "seqlen_q": 768}, {"causal": False}, True),
