@@ -29,7 +29,8 @@ _TILE_Q = 64
 _TILE_STEPS = 6.0
 _SUM_STEPS = 1.0
 _SUMMED_TILES = 128
-_MOST_QUERY_PARTS = 8
+_QUERY_PARTS = (2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128)
+"""Of a query head, what is tried: each takes time when a program is lowered."""
 _PART_HEAD_DIM = 128
 """The widest heads whose queries are split (csrc/kernels/params/backward_params.h)."""
 
@@ -46,7 +47,8 @@ def key_parts(
     It divides the number of query heads that read a key head, or is a multiple of that:
     each query head then comes in parts, too. That is not for
 
-    - deterministic calls, which run by the split form, whose dq has no parts;
+    - deterministic calls: where CTAs add to dq in one order, parts of one head would
+      wait for each other;
     - head dims above 128, which run by clusters where heads are few;
     - kernels that tests and tuning force.
 
@@ -57,6 +59,7 @@ def key_parts(
     - float16: each part's sum is rounded to the dtype, and might overflow where the
       sum of all does not;
     - lengths that are not known when the program is lowered;
+    - packed q, k and v, whose gradients are one buffer;
     - other architectures than Hopper's.
 
     Args:
@@ -68,6 +71,8 @@ def key_parts(
     """
     if architecture != _ARCHITECTURE or dtype != jnp.bfloat16:
         return 1
+    if spec.packing == "qkv":
+        return 1
     if not all(isinstance(length, int) and length > 0 for length in dims):
         return 1
     multiprocessors = multiprocessors or _MULTIPROCESSORS
@@ -77,7 +82,7 @@ def key_parts(
     group = dims.heads // dims.heads_k
     candidates = [parts for parts in range(1, group + 1) if group % parts == 0]
     if _splits_queries(dims, spec):
-        more = (group * number for number in range(2, _MOST_QUERY_PARTS + 1))
+        more = (group * number for number in _QUERY_PARTS)
         candidates += [parts for parts in more if tiles * parts <= 2 * multiprocessors]
     walks = _walks(dims, spec)
 

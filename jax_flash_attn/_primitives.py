@@ -201,7 +201,7 @@ def _kernel_backward(
     batch = _shapes.common_batch([x.shape[0] for x in flat])
     dims = _shapes.dimensions(qkv, spec.packing)._replace(batch=batch)
     parts = _key_parts.key_parts(dims, spec, qkv[0].dtype, *_key_parts.target())
-    # The first operand has queries: with keys and values in it, too, there is one part.
+    # The first operand has queries: with keys and values in it, too, parts is 1.
     shapes = [
         qkv[0].shape,
         *(_key_parts.part_shape(x.shape, parts) for x in qkv[1:]),

@@ -49,6 +49,9 @@ def override_tiles(operation: str, tiles: str) -> Iterator[None]:
     """Runs every call of an operation with the given kernels inside the context.
 
     Programs that were compiled before take part: tiles are chosen when a call runs.
+    But whether the backward of few heads splits their queries into parts is decided
+    when a program is lowered, and it doesn't inside the context: what was lowered
+    before with such parts, as `explain` says, is refused by "sm90head".
 
     Args:
         operation: "forward" or "backward".

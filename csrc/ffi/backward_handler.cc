@@ -47,14 +47,15 @@ StatusOr<BackwardCall> decode(const xla::ffi::Dictionary& attributes, BufferRead
   if (call.spec.deterministic) call.turns = static_cast<int*>(buffers.next_result().untyped_data());
   JFA_RETURN_IF_ERROR(buffers.finish());
   JFA_ASSIGN_OR_RETURN(const launchers::Element element, element_of(inputs.dtype));
+  const bool whole_groups = inputs.heads_k > 0 && inputs.heads % inputs.heads_k == 0;
   const bool whole_parts =
-      inputs.heads_k > 0 && gradients.heads_k > 0 && gradients.heads_k % inputs.heads_k == 0;
+      whole_groups && gradients.heads_k > 0 && gradients.heads_k % inputs.heads_k == 0;
   const bool whole_heads = whole_parts && (inputs.heads % gradients.heads_k == 0 ||
                                            gradients.heads_k % inputs.heads == 0);
   if (!whole_heads)
     return Status::invalid_argument(
-        "The heads of dk and dv of a flash attention call are not a multiple of those of k and v, "
-        "or neither a divisor nor a multiple of those of q.");
+        "The heads of k and v of a flash attention call do not divide those of q and of dk and dv, "
+        "or those of dk and dv are neither a divisor nor a multiple of those of q.");
   call.key_parts = static_cast<int>(gradients.heads_k / inputs.heads_k);
   call.shape = {element,           batch,          inputs.seqlen_q, inputs.seqlen_k, inputs.heads,
                 gradients.heads_k, inputs.head_dim};

@@ -284,13 +284,19 @@ Status run_cluster(const BackwardCall& call, const BackwardPlan& plan,
                 first_ctas + clusters > 0);
 }
 
-// Of every call: where the family is forced, one plan serves calls with such parts and others.
-Status check_parts(const AttentionShape& shape, Family family) {
-  if (shape.heads_k <= shape.heads) return Status();
-  if (family != Family::kSm90Head && shape.head_dim <= jfa::kPartHeadDim) return Status();
+// Of every call: where the family is forced, one plan serves calls with such parts and others. In
+// order, key heads that share a query head would wait for each other: a query tile may be in one's
+// part for one key tile and in another's for the next.
+Status check_parts(const BackwardCall& call, Family family) {
+  if (call.shape.heads_k <= call.shape.heads) return Status();
+  const bool in_order = call.spec.deterministic && family != Family::kSm90Split;
+  if (family != Family::kSm90Head && call.shape.head_dim <= jfa::kPartHeadDim && !in_order)
+    return Status();
   return Status::unimplemented(
       "Key heads with a part of a query head each are for head dims up to " +
-      std::to_string(jfa::kPartHeadDim) + " and other families than sm90head.");
+      std::to_string(jfa::kPartHeadDim) +
+      ", other families than sm90head, and with deterministic=True for sm90split alone: programs "
+      "that are to run by another family must be compiled while it is forced.");
 }
 
 // Everything at once, a head at a time.
@@ -340,7 +346,7 @@ Status run_backward(const BackwardCall& call, runtime::CUstream stream) {
     JFA_ASSIGN_OR_RETURN(plan, plans().get(key, [&] { return make_plan(call); }));
   }
   const BackwardSpecialization& specialization = plan->specialization;
-  JFA_RETURN_IF_ERROR(check_parts(call.shape, specialization.family));
+  JFA_RETURN_IF_ERROR(check_parts(call, specialization.family));
   const jfa::BackwardParams params = backward_params(call);
   const std::int64_t query_heads = call.shape.batch * call.shape.heads;
   if (specialization.family == Family::kSm90Split) return run_split(call, *plan, params, stream);

@@ -3,8 +3,9 @@ r"""Compiles kernels into the disk cache ahead of their first use.
 No GPU is needed, only NVRTC, so an image or a login node can prepare the cache for
 other machines. Kernels are compiled for every combination of the features given:
 with --causal --dropout a call with both, one of them or none finds its kernels.
-Batch, heads and the values of the options (a window's size, a cap, a dropout rate)
-make no difference; where short sequences have kernels of their own, both are compiled.
+The values of the options (a window's size, a cap, a dropout rate) make no difference;
+where short sequences, or few or many heads, have kernels of their own, all of these
+are compiled.
 
   python -m jax_flash_attn compile --causal
   python -m jax_flash_attn compile --architecture sm_80 --architecture sm_90 \
@@ -212,8 +213,7 @@ def _jobs(options: argparse.Namespace) -> Iterator[Job]:
             for sizes in (
                 {"seqlen_q": seqlen},
                 _of_heads(seqlen, batch=1 << 20),  # keep every multiprocessor busy
-                _of_heads(seqlen),
-                _of_heads(seqlen, heads_k=2),  # each with a part of the queries
+                _of_heads(seqlen, batch=1),
             )
         }
         for sizes in by_tiles.values():
@@ -221,14 +221,14 @@ def _jobs(options: argparse.Namespace) -> Iterator[Job]:
             yield Job(operation, spec, dtype, padded, architecture, fixed)
 
 
-def _of_heads(seqlen: int, batch: int = 1, heads_k: int = 1) -> dict[str, int]:
-    """Sizes of a call with so many key heads, for one query head."""
+def _of_heads(seqlen: int, batch: int) -> dict[str, int]:
+    """Sizes of a call with so many heads."""
     return {
         "seqlen_q": seqlen,
         "seqlen_k": seqlen,
         "batch": batch,
         "heads": 1,
-        "heads_k": heads_k,
+        "heads_k": 1,
     }
 
 

@@ -62,6 +62,8 @@ def parts(
         (parts((1024, 1024), (16, 16), **CAUSAL), 1),
         (parts((1024, 1024), (16, 4), **CAUSAL), 4),
         (parts((1024, 1024), (8, 8), head_dim=136), 1),
+        (parts((1024, 1024), (8, 8), packing="qkv"), 1),
+        (parts((65536, 128), (1, 1)), 128),
         (parts((1024, 1024), (8, 8), deterministic=True), 1),
         (parts((1024, 1024), (8, 8), softcap=9.0), 2),
         (parts((1024, 1024), (8, 8), softcap=9.0, dropout_p=0.1), 1),

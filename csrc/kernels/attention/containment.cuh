@@ -9,7 +9,7 @@
 //   row of   is spoilt by a hidden row, in a tile that was walked, of
 //   out      v
 //   dq       k or dout v^T
-//   dk, dv   q, dout v^T, lse or delta, of every query head of the group
+//   dk, dv   q, dout v^T, lse or delta, of what the key head walks (attention/query_group.cuh)
 //
 // dout v^T has the row's own dout or v in it, which counts where the row sees nothing. Without a
 // mask only padding is hidden: it is zero and spoils a row that is not finite itself, and such a

@@ -4,10 +4,10 @@
 //   dv += probs^T dout      dscores = probs (dprobs - delta)
 //   dk += scale dscores^T q     dq += scale dscores k
 //
-// One CTA owns one key tile of one key head and walks the query tiles of all query heads of its
-// group, so dk and dv stay in registers, are reduced over the group there, and are written once.
-// dq gathers in fp32 in global memory (tile/global_accumulator.cuh); the postprocess kernel scales
-// and rounds it.
+// One CTA owns one key tile of one key head and walks the query tiles that it has dk and dv of, of
+// all query heads of its group or some of one's (attention/query_group.cuh), so dk and dv stay in
+// registers, are reduced over the group there, and are written once. dq gathers in fp32 in global
+// memory (tile/global_accumulator.cuh); the postprocess kernel scales and rounds it.
 //
 //   barrier             what it orders
 //   operands landed     q, dout and row statistics of this step are visible; all warps are done

@@ -5,14 +5,15 @@
 //   dk += scale dscores^T q     dq += scale dscores k
 //
 // One CTA stays on each multiprocessor and takes one key tile of one key head after the other; with
-// each it walks the query tiles of all query heads of the head's group. One warp (the producer)
-// keeps the copy engine busy, which brings tiles and takes dq; two warpgroups (consumers) own 64
-// keys each. They compute scores^T and dprobs^T, rows being keys, so that probs^T and dscores^T
-// feed dv and dk from registers; only dscores goes to shared memory, for dq, of which each consumer
-// has a part of the columns, or with tiles of 128 queries half of the rows. dq gathers in fp32 in
-// global memory (tile/bulk_accumulator.cuh). The three warps beside the producer prepare the rows
-// of heads to come and round dq of heads that are done (sm90/row_service.cuh), or, deterministic,
-// two of them send dq in order.
+// each it walks the query tiles of all query heads of the head's group, or a part of one's
+// (attention/query_group.cuh). One warp (the producer) keeps the copy engine busy, which brings
+// tiles and takes dq; two warpgroups (consumers) own 64 keys each. They compute scores^T and
+// dprobs^T, rows being keys, so that probs^T and dscores^T feed dv and dk from registers; only
+// dscores goes to shared memory, for dq, of which each consumer has a part of the columns, or with
+// tiles of 128 queries half of the rows. dq gathers in fp32 in global memory
+// (tile/bulk_accumulator.cuh). The three warps beside the producer prepare the rows of heads to
+// come and round dq of heads that are done (sm90/row_service.cuh), or, deterministic, two of them
+// send dq in order.
 //
 //   ring    stages        filled with                released
 //   keys    1             k of a key tile, and its   by each consumer's threads, after the last dq

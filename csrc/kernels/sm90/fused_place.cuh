@@ -1,9 +1,10 @@
 // The order of the key tiles of the fused backward, in which CTAs take one after the other.
 //
-// A group is a key head with the query heads that read it. The key tiles of a group follow each
-// other, so that CTAs read the same queries from L2. The last groups' come in the order of their
-// places in the head instead: under a causal mask the first tiles of a head take longest, and what
-// is taken last is then the least.
+// A group is a key head with the query heads that read it, or a part of one
+// (attention/query_group.cuh). The key tiles of a group follow each other, so that CTAs read the
+// same queries from L2. The last groups' come in the order of their places in the head instead:
+// under a causal mask the first tiles of a head take longest, and what is taken last is then the
+// least.
 //
 // deterministic: from the last key tile to the first, in which order they add to a query tile.
 // Without a mask a key tile can't add before the one behind it has, so that they are to start some

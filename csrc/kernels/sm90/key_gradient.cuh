@@ -4,10 +4,10 @@
 //   dv += probs^T dout      dscores = probs (dprobs - delta)      dk += scale dscores^T q
 //
 // One CTA stays on each multiprocessor and computes key tiles until there are none left; for each
-// it walks the query tiles of all query heads of the key head's group. One warp (the producer)
-// keeps the copy engine busy; two warpgroups (consumers) own 64 keys each. They compute scores^T
-// and dprobs^T, rows being keys, so that probs^T and dscores^T feed dv and dk from registers, and
-// nothing is exchanged between warps.
+// it walks the query tiles of all query heads of the key head's group, or a part of one's
+// (attention/query_group.cuh). One warp (the producer) keeps the copy engine busy; two warpgroups
+// (consumers) own 64 keys each. They compute scores^T and dprobs^T, rows being keys, so that
+// probs^T and dscores^T feed dv and dk from registers, and nothing is exchanged between warps.
 //
 //   ring    stages        filled with                released
 //   keys    2             k and v of a key tile,     by each consumer's threads, after dk and dv
