@@ -276,14 +276,17 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
   const attention::GridPlace place(key_tiles, attention.heads_k);
   const int first_key = place.tile * Config::kTileK;
   const attention::VisibleRange<Config> range(attention);
+  const attention::Range all_tiles = range.query_tiles(first_key);
   const attention::Range query_tiles =
-      attention::own_query_tiles<Config>(attention, place.head, range.query_tiles(first_key));
+      attention::own_query_tiles<Config>(attention, place.head, all_tiles);
   const int first_head = attention::first_query_head(attention, place.head);
   const int end_head =
       query_tiles.empty() ? first_head : first_head + attention::group_heads<Config>(attention);
   const auto next_step = [&](const BackwardStep& step) {
+    // A part of a head has no next one; others begin with the first tile, which takes no register
+    // where that is 0.
     return step.query_tile + 1 < query_tiles.end ? BackwardStep{step.head, step.query_tile + 1}
-                                                 : BackwardStep{step.head + 1, query_tiles.begin};
+                                                 : BackwardStep{step.head + 1, all_tiles.begin};
   };
   BackwardStep step{first_head, query_tiles.begin};
 
@@ -418,7 +421,9 @@ __device__ __forceinline__ void backward(const BackwardParams& params, unsigned 
   write_key_gradient<Config>(params.dv, place.batch, place.head, first_key, attention.seqlen_k,
                              shared + Shapes::kValueOffset, dv);
   if (spoilt && threadIdx.x == 0) {
-    params.spoilt[place.batch * attention.heads + first_head] = 1;
+    // Worked out anew: kept, it would take a register from the loop above.
+    params.spoilt[place.batch * attention.heads +
+                  attention::first_query_head(attention, place.head)] = 1;
   }
 }
 
