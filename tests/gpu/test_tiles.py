@@ -179,7 +179,8 @@ def test_passes_that_the_workspace_has_no_room_for_are_refused():
 def test_a_head_that_does_not_fit_is_refused_by_each_call():
     """Also where one that fits has run before."""
     devices.require_family("sm90")
-    case = cases.BY_NAME["plain"]
+    # In bfloat16 the group would come in parts that fit.
+    case = dataclasses.replace(cases.BY_NAME["plain"], dtype="float16")
     large = dataclasses.replace(case, seqlen_q=500, heads=4)
     with testing.override_tiles("backward", "sm90head"):
         jax.block_until_ready(program(case, True)(inputs.make(case)))
