@@ -33,6 +33,12 @@ struct AttentionShape {
   std::int64_t heads = 0;
   std::int64_t heads_k = 0;
   std::int64_t head_dim = 0;
+
+  // Of a backward with more key heads than query heads, each with dk and dv of some queries of one
+  // (csrc/kernels/attention/query_group.cuh).
+  bool splits_query_heads() const { return heads_k > heads; }
+  // Query heads of a key head. Needs: heads_k > 0.
+  std::int64_t group_heads() const { return splits_query_heads() ? 1 : heads / heads_k; }
 };
 
 }  // namespace jax_flash_attn::launchers

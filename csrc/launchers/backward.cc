@@ -160,7 +160,7 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
   const BackwardSpecialization& specialization = plan.specialization;
   if (shape.batch == 0) return Status();  // there is nothing that a tensor map could describe
   const std::int64_t groups = shape.batch * shape.heads_k;
-  const std::int64_t group_heads = std::max<std::int64_t>(1, shape.heads / shape.heads_k);
+  const std::int64_t group_heads = shape.group_heads();
   const std::int64_t group_tiles = ceil_div(shape.seqlen_k, specialization.tile_k);
   // Groups that the CTAs of so many rounds of all multiprocessors make up.
   const auto groups_of = [&](double rounds) {
@@ -173,7 +173,7 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
   const bool few_groups = call.spec.windowed() && groups_of(kRoundsBehind) == groups;
   // A group that shares its query head with others has no rows of its own.
   const bool serves = specialization.prepared_rows > 0 && shape.seqlen_q > 0 && !few_groups &&
-                      visible_keys >= kServedKeys && shape.heads_k <= shape.heads;
+                      visible_keys >= kServedKeys && !shape.splits_query_heads();
   // With such leads a CTA finds its rows prepared, and a group finished or nearly so. The shorter
   // they are, the more of the rows is still in L2: key tiles that take equally long, and long, need
   // less of them, and CTAs of the first round, which then wait for some, are few (docs/tuning.md).
@@ -208,10 +208,12 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
     JFA_RETURN_IF_ERROR(fill(params.dout_rows, call.dout));
   }
 
-  const std::int64_t query_heads = shape.batch * shape.heads;
+  // Query heads of so many groups, of which some may share one.
+  const auto heads_of = [&](std::int64_t of_groups) {
+    return std::min(of_groups * group_heads, shape.batch * shape.heads);
+  };
   const std::int64_t row_blocks = backward.padded_rows / jfa::kWorkspaceRowMultiple;
-  const std::int64_t first_ctas =
-      row_blocks * (serves ? prepares_ahead * group_heads : query_heads);
+  const std::int64_t first_ctas = row_blocks * heads_of(prepares_ahead);
   JFA_RETURN_IF_ERROR(launch(*plan.first, *specialization.first, first_ctas, stream, &backward));
   // CTAs stay, and take one key tile after the other. Without queries nobody has cleared what they
   // take tiles by, and there is little to do.
@@ -222,8 +224,8 @@ Status run_fused(const BackwardCall& call, const BackwardPlan& plan,
       launch(*plan.main, specialization.main, main_ctas, stream, &params, first_ctas > 0));
   const std::int64_t query_tiles = ceil_div(shape.seqlen_q, specialization.tile_q);
   return launch(*plan.postprocess, *specialization.postprocess,
-                query_tiles * (serves ? rounds_behind * group_heads : query_heads), stream,
-                &backward, first_ctas + main_ctas > 0);
+                query_tiles * heads_of(rounds_behind), stream, &backward,
+                first_ctas + main_ctas > 0);
 }
 
 // dq by itself, which also leaves the statistics for dk and dv; then these.
@@ -288,7 +290,7 @@ Status run_cluster(const BackwardCall& call, const BackwardPlan& plan,
 // order, key heads that share a query head would wait for each other: a query tile may be in one's
 // part for one key tile and in another's for the next.
 Status check_parts(const BackwardCall& call, Family family) {
-  if (call.shape.heads_k <= call.shape.heads) return Status();
+  if (!call.shape.splits_query_heads()) return Status();
   const bool in_order = call.spec.deterministic && family != Family::kSm90Split;
   if (family != Family::kSm90Head && call.shape.head_dim <= jfa::kPartHeadDim && !in_order)
     return Status();

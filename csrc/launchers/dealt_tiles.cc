@@ -26,7 +26,7 @@ int tiles_of(std::int64_t seqlen, int tile) { return static_cast<int>((seqlen + 
 
 jfa::DealtTiles deal_query_tiles(const AttentionShape& shape, int tile_q) {
   // Heads of a group share their keys.
-  const int group = static_cast<int>(std::max<std::int64_t>(1, shape.heads / shape.heads_k));
+  const int group = static_cast<int>(shape.group_heads());
   const int key_heads =
       section_heads(shape.batch * shape.heads_k, 4 * shape.seqlen_k * shape.head_dim,
                     bytes_in_l2(shape.seqlen_k));
@@ -34,9 +34,9 @@ jfa::DealtTiles deal_query_tiles(const AttentionShape& shape, int tile_q) {
 }
 
 jfa::DealtTiles deal_key_tiles(const AttentionShape& shape, int tile_k) {
-  const std::int64_t group = std::max<std::int64_t>(1, shape.heads / shape.heads_k);
   return {tiles_of(shape.seqlen_k, tile_k),
-          section_heads(shape.batch * shape.heads_k, 4 * shape.seqlen_q * shape.head_dim * group,
+          section_heads(shape.batch * shape.heads_k,
+                        4 * shape.seqlen_q * shape.head_dim * shape.group_heads(),
                         bytes_in_l2(shape.seqlen_q))};
 }
 

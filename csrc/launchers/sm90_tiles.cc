@@ -237,7 +237,7 @@ bool suits_one_round(const AttentionSpec& spec, const AttentionShape& shape, int
   if (spec.deterministic) return false;
   // Query heads come in parts where key tiles leave multiprocessors idle; dq of the split form's
   // first kernel would not.
-  if (shape.heads_k > shape.heads) return true;
+  if (shape.splits_query_heads()) return true;
   if (!spec.causal()) return false;
   if (shape.heads != shape.heads_k || shape.seqlen_q < kOneRoundSeqlen) return false;
   const std::int64_t key_tiles =
@@ -293,7 +293,7 @@ std::int64_t head_ctas(const AttentionSpec& spec, const AttentionShape& shape,
 }
 
 bool suits_heads(const AttentionSpec& spec, const AttentionShape& shape, int multiprocessors) {
-  if (shape.seqlen_k == 0 || shape.heads_k > shape.heads) return false;
+  if (shape.seqlen_k == 0 || shape.splits_query_heads()) return false;
   const int passes = shape.seqlen_q > kHeadSeqlen ? kHeadPasses : 1;
   if (passes > 1 && (shape.seqlen_q < kHeadPassesSeqlen ||
                      !(spec.causal() || (spec.deterministic && !spec.windowed()))))

@@ -14,16 +14,6 @@ __device__ __forceinline__ int own_batch(int batch, int batches) {
   return __builtin_expect(batch < batches, true) ? batch : batch % batches;
 }
 
-// The head of k and v that a key head of the call reads. Nearly always the same, likewise.
-__device__ __forceinline__ int own_key_head(const BackwardParams& params, int head_k) {
-  return __builtin_expect(params.key_parts == 1, true) ? head_k : head_k / params.key_parts;
-}
-
-// How many query heads read a head of k and v.
-__device__ __forceinline__ int key_head_group(const BackwardParams& params) {
-  return params.attention.heads * params.key_parts / params.attention.heads_k;
-}
-
 __device__ __forceinline__ unsigned short* head_address(const TensorView& view, int batch,
                                                         int head) {
   return static_cast<unsigned short*>(view.data) +

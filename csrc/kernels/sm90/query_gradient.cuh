@@ -26,6 +26,7 @@
 #include <attention/containment.cuh>
 #include <attention/dropout.cuh>
 #include <attention/head_address.cuh>
+#include <attention/query_group.cuh>
 #include <attention/score_layout.cuh>
 #include <attention/score_transform.cuh>
 #include <attention/visible_range.cuh>
