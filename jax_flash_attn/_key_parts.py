@@ -31,8 +31,6 @@ _SUM_STEPS = 1.0
 _SUMMED_TILES = 128
 _QUERY_PARTS = (2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128)
 """Of a query head, what is tried: each takes time when a program is lowered."""
-_PART_HEAD_DIM = 128
-"""The widest heads whose queries are split (csrc/kernels/params/backward_params.h)."""
 
 
 def key_parts(
@@ -59,7 +57,6 @@ def key_parts(
     - float16: each part's sum is rounded to the dtype, and might overflow where the
       sum of all does not;
     - lengths that are not known when the program is lowered;
-    - packed q, k and v, whose gradients are one buffer;
     - other architectures than Hopper's.
 
     Args:
@@ -70,8 +67,6 @@ def key_parts(
         multiprocessors: Of the GPU; 0 where it is not known.
     """
     if architecture != _ARCHITECTURE or dtype != jnp.bfloat16:
-        return 1
-    if spec.packing == "qkv":
         return 1
     if not all(isinstance(length, int) and length > 0 for length in dims):
         return 1
@@ -98,11 +93,13 @@ def key_parts(
 
 
 def _splits_queries(dims: _shapes.Dimensions, spec: _spec.AttentionSpec) -> bool:
-    if spec.deterministic or dims.head_dim > _PART_HEAD_DIM:
+    if spec.deterministic or _ffi.native is None:
         return False
     if spec.softcap and spec.dropout_p:  # by the split form at some head dims
         return False
-    return _ffi.native is not None and not _ffi.native.is_overridden("backward")
+    if dims.head_dim > _ffi.native.part_head_dim:
+        return False
+    return not _ffi.native.is_overridden("backward")
 
 
 def _part_of(walk: int, number: int, dims: _shapes.Dimensions) -> int:

@@ -11,6 +11,7 @@ def configure(
 ) -> None: ...
 
 seqlen_limits: tuple[int, ...]
+part_head_dim: int
 
 def tiles(
     operation: str,

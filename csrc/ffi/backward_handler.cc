@@ -1,7 +1,8 @@
 // Custom call flash_attention_backward:
 //   (q, k, v | q, kv | qkv), [slopes], [dropout_keys], out, lse, dout, [dlse]
 //     -> (dq, dk, dv | dq, dkv | dqkv), dq_accum, statistics, head_states, [turns]
-// dk and dv may have several heads for each of k's, which the caller sums.
+// dk and dv may have several heads for each of k's, which the caller sums; then they are never
+// packed with dq.
 // dlse is there when the attribute has_dlse says so, turns when the call is deterministic.
 #include "ffi/attributes.h"
 #include "ffi/buffers.h"

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
+#include <params/backward_params.h>
 
 #include <cstdint>
 #include <limits>
@@ -251,6 +252,7 @@ NB_MODULE(_native, module) {
   nb::list limits;
   for (const std::int64_t limit : launchers::kSeqlenLimits) limits.append(limit);
   module.attr("seqlen_limits") = nb::tuple(limits);
+  module.attr("part_head_dim") = jfa::kPartHeadDim;
   module.def("devices", &devices);
   module.def("driver_version", &driver_version);
   module.def("nvrtc", &nvrtc);
