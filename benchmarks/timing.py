@@ -2,8 +2,10 @@
 
 JAX: one jitted `fori_loop` with a static trip count, so that host dispatch is outside
 the figure. One element of every result goes back into the first argument, so that no
-call can be hoisted or dropped. The same loop around nothing is timed at two trip
-counts, and what it costs is subtracted.
+call can be hoisted or dropped. What that takes stays in: two kernels, 2 to 3 us of each
+call on an H200. The same loop around nothing costs 10 to 18 us a trip, but of the host,
+which is done with a trip before the GPU is where there is something to compute. What a
+run of one empty trip takes, once for all trips of a sample, is subtracted.
 
 JAX over a mesh: the same loop on every device, each of which feeds its own parts back.
 
@@ -32,8 +34,7 @@ Step = Callable[..., Any]
 DEFAULT_SAMPLE_SECONDS = 0.03
 _MAX_TRIPS = 8192
 _MIN_TRIPS = 2
-_EMPTY_TRIPS = (1, 1000)
-_EMPTY_SAMPLES = 5
+_EMPTY_RUNS = 5
 _CLOCK_SECONDS = 1e-7  # no sample is shorter than the clock can tell
 
 
@@ -41,8 +42,6 @@ class Sampler(Protocol):
     """Something that can be timed again and again."""
 
     trips: int
-    overhead: float
-    """Seconds per call that the loop costs and that the samples leave out."""
 
     def sample(self) -> float:
         """Returns the seconds per call of one sample."""
@@ -59,7 +58,6 @@ class Summary:
     """(90th percentile - 10th percentile) / median."""
     samples: int
     trips: int
-    overhead: float
 
 
 def summarise(samples: Sequence[float], sampler: Sampler) -> Summary:
@@ -70,7 +68,6 @@ def summarise(samples: Sequence[float], sampler: Sampler) -> Summary:
         spread=float((high - low) / median),
         samples=len(samples),
         trips=sampler.trips,
-        overhead=sampler.overhead,
     )
 
 
@@ -115,45 +112,24 @@ def _feed(first: jax.Array, results: Sequence[jax.Array]) -> jax.Array:
     return jax.lax.dynamic_update_slice(first, update, (0,) * first.ndim)
 
 
-@dataclasses.dataclass(frozen=True)
-class LoopCost:
-    """What a loop costs beside its step: seconds per run and seconds per trip."""
-
-    run: float
-    trip: float
-
-    def of(self, trips: int) -> float:
-        """Returns the seconds to subtract from a run of `trips` trips."""
-        return self.run + self.trip * trips
-
-
 @functools.cache
-def empty_loop_cost(
-    shape: tuple[int, ...], dtype: jnp.dtype, num_results: int
-) -> LoopCost:
-    """Returns what the loop around nothing costs, from two trip counts.
+def empty_run_seconds(shape: tuple[int, ...], dtype: jnp.dtype) -> float:
+    """Returns what a run of the loop costs beside its trips: one of an empty trip.
 
     Args:
         shape: of the array that is looped over.
         dtype: of that array.
-        num_results: how many results the real step reads an element of.
     """
 
     def nothing(first: jax.Array) -> list[jax.Array]:
-        # One element each: a whole array behind the loop's barrier may be copied.
-        return [first[(0,) * first.ndim]] * num_results
+        # One element: a whole array behind the loop's barrier may be copied.
+        return [first[(0,) * first.ndim]]
 
     first = jnp.ones(shape, dtype)
-    few, many = _EMPTY_TRIPS
-    short, long = (_shortest_run(loop(nothing, trips), first) for trips in (few, many))
-    per_trip = max(long - short, 0.0) / (many - few)
-    return LoopCost(run=max(short - per_trip * few, 0.0), trip=per_trip)
-
-
-def _shortest_run(run: Callable[..., jax.Array], *arguments: Any) -> float:
-    """The shortest of a few runs: what disturbs one can only make it longer."""
-    jax.block_until_ready(run(*arguments))
-    return min(_seconds(run, *arguments) for _ in range(_EMPTY_SAMPLES))
+    run = loop(nothing, 1)
+    jax.block_until_ready(run(first))
+    # What disturbs a run can only make it longer.
+    return min(_seconds(run, first) for _ in range(_EMPTY_RUNS))
 
 
 def _seconds(run: Callable[..., jax.Array], *arguments: Any) -> float:
@@ -190,14 +166,12 @@ class JaxSampler:
             sample_seconds: how long one sample should take.
         """
         self._arguments = (first, *rest)
-        results = jax.tree.leaves(jax.eval_shape(step, first, *rest))
-        self._cost = empty_loop_cost(first.shape, first.dtype, len(results))
-        self.overhead = self._cost.trip
+        self._empty = empty_run_seconds(first.shape, first.dtype)
         self.trips = trips_for(guess, sample_seconds)
         self._run = loop(step, self.trips)
         elapsed = self._warm_up()
         if not sample_seconds / 3 <= elapsed <= 3 * sample_seconds:
-            per_call = max(elapsed - self._cost.run, elapsed / 10) / self.trips
+            per_call = max(elapsed - self._empty, elapsed / 10) / self.trips
             settled = trips_for(per_call, sample_seconds)
             if settled != self.trips:
                 self.trips = settled
@@ -209,18 +183,16 @@ class JaxSampler:
         return _seconds(self._run, *self._arguments)
 
     def sample(self) -> float:
-        """Returns the seconds per call of one sample, the loop's own cost left out."""
+        """Returns the seconds per call of one sample."""
         elapsed = _seconds(self._run, *self._arguments)
-        return max(elapsed - self._cost.of(self.trips), _CLOCK_SECONDS) / self.trips
+        return max(elapsed - self._empty, _CLOCK_SECONDS) / self.trips
 
 
 class MeshSampler:
     """Times a JAX step of arrays that a mesh splits, or that one device of it holds.
 
-    What the loop costs stays in: it costs as much on one device as on each of several.
+    What a run costs stays in: it costs as much on one device as on each of several.
     """
-
-    overhead = 0.0
 
     def __init__(
         self,
@@ -265,8 +237,6 @@ class StateSampler:
     Every sample starts from the same state and runs steps in one loop on the device;
     each needs the one before, so that none can be hoisted or dropped.
     """
-
-    overhead = 0.0
 
     def __init__(
         self,
@@ -315,8 +285,6 @@ class StateSampler:
 
 class TorchSampler:
     """Times a PyTorch callable of no arguments on the current CUDA device."""
-
-    overhead = 0.0
 
     def __init__(
         self,

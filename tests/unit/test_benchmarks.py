@@ -117,13 +117,12 @@ def test_ours_takes_every_workload():
 def test_summary_is_the_median_and_the_spread():
     class Sampler:
         trips = 7
-        overhead = 0.5
 
         def sample(self):
             return 0.0
 
     summary = timing.summarise(list(range(1, 12)), Sampler())
-    assert summary == timing.Summary(6.0, (10 - 2) / 6, 11, 7, 0.5)
+    assert summary == timing.Summary(6.0, (10 - 2) / 6, 11, 7)
 
 
 def test_trips_fill_a_sample():
@@ -336,7 +335,7 @@ def test_scaling_gives_ratios_to_what_each_device_does_alone(monkeypatch):
     given = []
 
     class Sampler:
-        trips, overhead = 7, 0.0
+        trips = 7
 
         def __init__(self, *unused, **timed):
             given.append(timed["trips"])
