@@ -47,7 +47,9 @@ def key_parts(
 
     - deterministic calls: where CTAs add to dq in one order, parts of one head would
       wait for each other;
-    - head dims above 128, which run by clusters where heads are few;
+    - softcap and dropout together, for which the fused kernel has no tiles above head
+      dim 96;
+    - head dims above 128, which run by clusters where heads are few, if not windowed;
     - kernels that tests and tuning force.
 
     It is 1 for
@@ -57,6 +59,7 @@ def key_parts(
     - float16: each part's sum is rounded to the dtype, and might overflow where the
       sum of all does not;
     - lengths that are not known when the program is lowered;
+    - packed q, k and v, whose gradients are one buffer;
     - other architectures than Hopper's.
 
     Args:
@@ -67,6 +70,8 @@ def key_parts(
         multiprocessors: Of the GPU; 0 where it is not known.
     """
     if architecture != _ARCHITECTURE or dtype != jnp.bfloat16:
+        return 1
+    if spec.packing == "qkv":
         return 1
     if not all(isinstance(length, int) and length > 0 for length in dims):
         return 1

@@ -201,12 +201,10 @@ def _kernel_backward(
     batch = _shapes.common_batch([x.shape[0] for x in flat])
     dims = _shapes.dimensions(qkv, spec.packing)._replace(batch=batch)
     parts = _key_parts.key_parts(dims, spec, qkv[0].dtype, *_key_parts.target())
-    # Packed q, k and v have one gradient where dk and dv have as many heads as dq.
-    apart = spec.packing == "qkv" and parts > 1
-    like = _shapes.unpack(qkv, spec.packing) if apart else qkv
+    # The first operand has queries: with keys and values in it, too, parts is 1.
     shapes = [
-        like[0].shape,
-        *(_key_parts.part_shape(x.shape, parts) for x in like[1:]),
+        qkv[0].shape,
+        *(_key_parts.part_shape(x.shape, parts) for x in qkv[1:]),
     ]
     gradients = [_struct((batch, *shape[1:]), qkv[0].dtype) for shape in shapes]
     results = [*gradients, *_shapes.workspace(dims, spec.deterministic)]
@@ -218,12 +216,8 @@ def _kernel_backward(
         *dlse,
     ]
     computed = _ffi.backward_call(arrays, results, spec, has_dlse)
-    dq, *dk_dv = (x[..., :head_dim] for x in computed[: len(gradients)])
-    dk_dv = [_key_parts.sum_parts(x, parts) for x in dk_dv]
-    if apart:
-        dk, dv = dk_dv
-        return list(_shapes.pack(dq, dk, dv, "qkv"))
-    return [dq, *dk_dv]
+    dq, *dk_dv = (x[..., :head_dim] for x in computed[: len(qkv)])
+    return [dq, *(_key_parts.sum_parts(x, parts) for x in dk_dv)]
 
 
 def _register(

@@ -121,9 +121,7 @@ def flash_attn_qkvpacked_func(
     """Returns `flash_attn_func` of q, k and v that share one buffer.
 
     out = flash_attn_func(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], ...), reading the
-    one buffer and writing one gradient buffer: nothing is split or concatenated, but
-    for small calls on Hopper, whose backward writes dq, dk and dv apart where key heads
-    come in parts, for XLA to pack (docs/tuning.md).
+    one buffer and writing one gradient buffer: nothing is split or concatenated.
 
     Args:
         qkv: (batch, seqlen, 3, heads, head_dim).

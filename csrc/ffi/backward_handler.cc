@@ -1,8 +1,7 @@
 // Custom call flash_attention_backward:
 //   (q, k, v | q, kv | qkv), [slopes], [dropout_keys], out, lse, dout, [dlse]
 //     -> (dq, dk, dv | dq, dkv | dqkv), dq_accum, statistics, head_states, [turns]
-// dk and dv may have several heads for each of k's, which the caller sums; then they are never
-// packed with dq.
+// dk and dv may have several heads for each of k's, which the caller sums.
 // dlse is there when the attribute has_dlse says so, turns when the call is deterministic.
 #include "ffi/attributes.h"
 #include "ffi/buffers.h"

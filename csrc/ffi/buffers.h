@@ -33,8 +33,7 @@ class BufferReader {
 // A tensor of rank 4, (batch, seqlen, heads, head_dim), dense and row-major.
 jfa::TensorView tensor_view(const xla::ffi::AnyBuffer& buffer);
 
-// q, k and v, or dq, dk and dv: three buffers, or slices of packed ones. Gradients of packed q, k
-// and v are three where dk and dv have more heads than dq (jax_flash_attn/_key_parts.py).
+// q, k and v, or dq, dk and dv: three buffers, or slices of packed ones.
 struct QkvViews {
   jfa::TensorView q, k, v;
   std::int64_t seqlen_q, seqlen_k, heads, heads_k, head_dim;
@@ -65,7 +64,7 @@ QkvViews read_qkv(const std::string& packing, Next next) {
   views.seqlen_q = dims[1];
   views.heads = dims[dims.size() - 2];
   views.head_dim = dims[dims.size() - 1];
-  if (packing == "qkv" && dims.size() == 5) {
+  if (packing == "qkv") {
     views.seqlen_k = views.seqlen_q;
     views.heads_k = views.heads;
     views.q = packed_view(first, 0);

@@ -75,16 +75,10 @@ def test_gradients(case, expected):
     oracle.check(results, expected[case])
 
 
-@pytest.mark.parametrize(
-    ("packing", "heads_k", "head_dim"),
-    [("kv", 2, 128), ("qkv", 8, 128), ("qkv", 8, 60)],
-)
-def test_packed(packing, heads_k, head_dim):
-    case = dataclasses.replace(
-        MQA, name="packed", heads_k=heads_k, head_dim=head_dim, causal=True
-    )
+def test_packed():
+    case = dataclasses.replace(MQA, name="packed", heads_k=2, causal=True)
     assert number_of_parts(case) > 1
-    results = calls.run(case, packing=packing, implementation="cuda")
+    results = calls.run(case, packing="kv", implementation="cuda")
     oracle.check(results, oracle.of(case, inputs.make(case)))
 
 
