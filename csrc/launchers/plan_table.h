@@ -20,8 +20,8 @@ namespace jax_flash_attn::launchers {
 
 // Everything that distinguishes one set of kernels from another.
 struct PlanKey {
-  std::array<std::int32_t, 4> values;  // device, tile setting, head dim, feature bits
-                                       // and length class
+  // Device, tile setting, head dim, feature bits and length class; the backward adds bits of its own.
+  std::array<std::int32_t, 4> values;
 
   bool operator==(const PlanKey& other) const { return values == other.values; }
 };
