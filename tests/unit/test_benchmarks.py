@@ -130,6 +130,17 @@ def test_trips_fill_a_sample():
     assert timing.trips_for(10.0, 0.03) == 2
 
 
+def test_a_sample_leaves_out_what_a_run_costs_once(monkeypatch):
+    """And nothing for each call: the GPU does not wait for the loop around it."""
+    monkeypatch.setattr(timing, "empty_run_seconds", lambda *_: 0.25)
+    monkeypatch.setattr(timing, "_seconds", lambda *_: 2.25)
+    sampler = timing.JaxSampler(
+        jnp.cos, jnp.zeros((2, 2)), (), guess=0.5, sample_seconds=2.0
+    )
+    assert sampler.trips == 4
+    assert sampler.sample() == 2.0 / 4
+
+
 def test_loop_chains_its_steps():
     first, rest = jnp.zeros((4, 3)), jnp.full((2,), 0.25)
     stepped = timing.loop(lambda first, rest: first[:1, :1] + rest, 3)(first, rest)
