@@ -6,8 +6,9 @@ Nothing here depends on where the call will run.
 import contextlib
 import math
 import numbers
+import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,16 @@ _IN_PLACE_OF_TRACED = {
     "scale": "Multiply query by it instead.",
     "alibi_slopes": "Pass Python floats or a NumPy array.",
 }
+_STATIC_REMEDY = (
+    "Name it in static_argnames of jax.jit, or bind it with functools.partial."
+)
 IMPLEMENTATIONS = ("auto", "cuda", "jax")
+# Those of compute capability 8.0 and later that an NVRTC, CUDA 12's or 13's, compiles
+# for.
+ARCHITECTURES = tuple(
+    f"sm_{number}"
+    for number in (80, 86, 87, 88, 89, 90, 100, 101, 103, 107, 110, 120, 121)
+)
 
 
 def arrays(**given: Any) -> dict[str, jax.Array]:
@@ -38,9 +48,25 @@ def array(value: Any, name: str) -> jax.Array:
     raise TypeError(f"{name} must be an array, got {value!r}.")
 
 
-def check_qkv(named: Mapping[str, _shapes.Shaped], packing: _spec.Packing) -> None:
-    """Checks ranks, dtypes and lengths of what carries q, k and v."""
-    _check_ranks(named, packing)
+def struct(value: Any, name: str) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of what `array` would give; takes these alone, too."""
+    if value is not None:
+        with contextlib.suppress(TypeError, ValueError):
+            found = jax.eval_shape(jnp.asarray, value)
+            return jax.ShapeDtypeStruct(found.shape, found.dtype)
+    raise TypeError(
+        f"{name} must be an array or a jax.ShapeDtypeStruct, got {value!r}."
+    )
+
+
+def check_qkv(
+    named: Mapping[str, _shapes.Shaped], packing: _spec.Packing, batched: bool = True
+) -> None:
+    """Checks ranks, dtypes and lengths of what carries q, k and v.
+
+    Only what is not packed may lack a batch.
+    """
+    _check_ranks(named, packing, batched)
     names = list(named)
     first = names[0]
     for name, x in named.items():
@@ -57,7 +83,7 @@ def check_qkv(named: Mapping[str, _shapes.Shaped], packing: _spec.Packing) -> No
         return
     q, k = named[names[0]], named[names[1]]
     for name, x in list(named.items())[1:]:
-        if x.shape[0] != q.shape[0]:
+        if batched and x.shape[0] != q.shape[0]:
             raise ValueError(
                 f"{name} must have the batch of {first}, {q.shape[0]}, got "
                 f"{x.shape[0]}: {name}.shape is {x.shape}."
@@ -80,7 +106,9 @@ def check_qkv(named: Mapping[str, _shapes.Shaped], packing: _spec.Packing) -> No
         )
 
 
-def _check_ranks(named: Mapping[str, _shapes.Shaped], packing: _spec.Packing) -> None:
+def _check_ranks(
+    named: Mapping[str, _shapes.Shaped], packing: _spec.Packing, batched: bool
+) -> None:
     packed = {"none": None, "kv": ("kv", 2), "qkv": ("qkv", 3)}[packing]
     for name, x in named.items():
         if packed is not None and name == packed[0]:
@@ -90,11 +118,13 @@ def _check_ranks(named: Mapping[str, _shapes.Shaped], packing: _spec.Packing) ->
                     f"{name} must have shape (batch, seqlen, {parts}, heads, "
                     f"head_dim), got {x.shape}."
                 )
-        elif x.ndim != 4:
-            raise ValueError(
-                f"{name} must have shape (batch, seqlen, heads, head_dim), got "
-                f"{x.shape}."
+        elif x.ndim != (4 if batched else 3):
+            shape = (
+                "(batch, seqlen, heads, head_dim)"
+                if batched
+                else f"(seqlen, heads, head_dim), as {next(iter(named))} has no batch"
             )
+            raise ValueError(f"{name} must have shape {shape}, got {x.shape}.")
         if x.shape[-1] == 0 or x.shape[-2] == 0:
             raise ValueError(
                 f"{name} must have at least one head and one column, got shape "
@@ -133,7 +163,38 @@ def static_flag(value: Any, name: str) -> bool:
     """A Python bool; refuses what is only known at run time."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(_traced(value, name, "True or False"))
     raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def _traced(value: Any, name: str, taken: str) -> str:
+    return (
+        f"{name} must be {taken}, known when the program is traced, got a traced value "
+        f"{value}. {_STATIC_REMEDY}"
+    )
+
+
+def length(value: Any, name: str) -> int:
+    """A Python int of at least 0; refuses what is only known at run time."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(_traced(value, name, "an int"))
+    number: int | None = None
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            number = operator.index(value)
+    if number is None:
+        raise TypeError(f"{name} must be an int, got {value!r}.")
+    if number < 0:
+        raise ValueError(f"{name} must be at least 0, got {number}.")
+    return number
+
+
+def text(value: Any, name: str) -> str:
+    """A str; what it says is for others to judge."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {value!r}.")
+    return value
 
 
 def softmax_scale(value: Any, head_dim: int, name: str = "softmax_scale") -> float:
@@ -167,13 +228,15 @@ def dropout_p(
 
 def window(value: Any, causal: bool, name: str = "window_size") -> tuple[int, int]:
     """The window as (left, right); causal limits the right side to 0."""
+    sides = value if isinstance(value, Sequence) else (value,)
+    if any(isinstance(side, jax.core.Tracer) for side in sides):
+        raise TypeError(_traced(value, name, "a pair (left, right) of ints"))
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a pair (left, right) of ints, got {value!r}.")
     if len(value) != 2:
         raise ValueError(
             f"{name} must be a pair (left, right), got {len(value)} values: {value!r}."
         )
-    sides = []
     for side in value:
         if isinstance(side, bool) or not isinstance(side, numbers.Integral):
             raise TypeError(f"{name} must hold two ints, got {value!r}.")
@@ -182,8 +245,7 @@ def window(value: Any, causal: bool, name: str = "window_size") -> tuple[int, in
                 f"{name} must hold sizes of at least 0, or -1 for no limit, got "
                 f"{value!r}."
             )
-        sides.append(int(side))
-    left, right = sides
+    left, right = map(int, value)
     return left, 0 if causal else right
 
 
@@ -220,7 +282,7 @@ def slopes(value: Any, batch: int, heads: int) -> jax.Array | None:
 
 def dropout_keys(value: Any, p: float, batch: int, heads: int) -> jax.Array | None:
     """One Philox key per (batch, head), (batch, heads, 2) uint32, or None."""
-    if p == 0.0:
+    if value is None:
         return None
     given = array(value, "dropout_rng")
     if jnp.issubdtype(given.dtype, jax.dtypes.prng_key):
@@ -234,7 +296,7 @@ def dropout_keys(value: Any, p: float, batch: int, heads: int) -> jax.Array | No
             "dropout_rng must be a JAX PRNG key (jax.random.key, or raw uint32 key "
             f"data of rank 1), got {given.dtype} of shape {given.shape}."
         )
-    return dropout.philox_keys(given, batch, heads)
+    return dropout.philox_keys(given, batch, heads) if p > 0.0 else None
 
 
 def dense(value: Any, name: str, scores: tuple[int, ...]) -> jax.Array | None:
@@ -242,11 +304,16 @@ def dense(value: Any, name: str, scores: tuple[int, ...]) -> jax.Array | None:
     if value is None:
         return None
     given = array(value, name)
-    right = jnp.bool_ if name == "mask" else jnp.floating
-    if not jnp.issubdtype(given.dtype, right):
-        kind = "bools" if name == "mask" else "floats"
-        raise TypeError(f"{name} must be {kind}, got {given.dtype}.")
+    check_dense_dtype(given.dtype, name)
     return given.reshape(dense_shape(given.shape, name, scores))
+
+
+def check_dense_dtype(dtype: Any, name: str) -> None:
+    """Checks that a bias holds floats, or a mask bools."""
+    right = jnp.bool_ if name == "mask" else jnp.floating
+    if not jnp.issubdtype(dtype, right):
+        kind = "bools" if name == "mask" else "floats"
+        raise TypeError(f"{name} must be {kind}, got {dtype}.")
 
 
 def dense_shape(
@@ -266,12 +333,24 @@ def dense_shape(
 
 def implementation(value: Any) -> _spec.Implementation:
     """Which implementation runs."""
-    if value not in IMPLEMENTATIONS:
+    # An array would be compared element by element.
+    if not isinstance(value, str) or value not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
             f"got {value!r}."
         )
-    return value
+    return cast(_spec.Implementation, value)
+
+
+def architecture(value: Any) -> str:
+    """The architecture to compile kernels for, by its name."""
+    name = text(value, "architecture")
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            "architecture must be sm_80 or newer, one of "
+            f"{', '.join(ARCHITECTURES)}, got {name!r}."
+        )
+    return name
 
 
 def make_spec(

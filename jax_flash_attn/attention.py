@@ -1,6 +1,7 @@
 """The public attention functions: flash-attn's and jax.nn's interfaces."""
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -279,9 +280,9 @@ def dot_product_attention(
     arrays = _arguments.arrays(query=query, key=key, value=value)
     return_lse = _arguments.static_flag(return_residual, "return_residual")
     batched = arrays["query"].ndim != 3
+    _arguments.check_qkv(arrays, "none", batched)
     if not batched:
         arrays = {name: x[None] for name, x in arrays.items()}
-    _arguments.check_qkv(arrays, "none")
     causal = _arguments.static_flag(is_causal, "is_causal")
     limits = _local_window(local_window_size, causal)
     scale = _arguments.softmax_scale(scale, arrays["query"].shape[-1], "scale")
@@ -463,7 +464,7 @@ def _refuse_lengths(query_seq_lengths: Any, key_value_seq_lengths: Any) -> None:
 def _local_window(value: Any, causal: bool) -> tuple[int, int]:
     if value is None:
         return _arguments.window((-1, -1), causal)
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         value = (value, value)
     limits = _arguments.window(value, causal, "local_window_size")
     if min(value) < 0:

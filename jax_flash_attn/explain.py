@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_flash_attn import _arguments, _ffi, _key_parts, _shapes, _spec, _support
 from jax_flash_attn.attention import canonicalize, dense_obstacle
@@ -56,47 +55,40 @@ def explain(
 ) -> Explanation:
     """Returns what `flash_attn_func` would run for these arguments.
 
-    Nothing is computed or compiled.
+    Nothing is computed or compiled, so that every array may be given by its shape and
+    dtype, as a `jax.ShapeDtypeStruct`.
 
     Args:
-        q: Queries, or their shape and dtype as a `jax.ShapeDtypeStruct`.
-        k: Keys, likewise.
-        v: Values, likewise.
+        q: Queries.
+        k: Keys.
+        v: Values.
         architecture: Explain for this architecture ("sm_90") instead of the first CUDA
             device.
-        bias: Explain a call that passes this bias, an array or a shape and dtype, to
-            `dot_product_attention` or to a layer of `jax_flash_attn.integrations`.
-        mask: Likewise, a mask.
+        bias: Explain a call that passes this bias to `dot_product_attention` or to a
+            layer of `jax_flash_attn.integrations`.
+        mask: Likewise, a mask, of any dtype: layers take those that are not bools.
         **arguments: Those of `flash_attn_func`.
 
     Returns:
         An `Explanation`, which prints as text.
 
     Raises:
-        ValueError, TypeError: as `flash_attn_func`.
+        ValueError, TypeError: as `flash_attn_func`, or architecture is none that
+            kernels are compiled for.
+        NotImplementedError: as `flash_attn_func`, or the call is too large for the
+            kernels, which would refuse it when it runs.
 
     Source: csrc/launchers/sm80_tiles.cc and sm90_tiles.cc have the tables that tiles
     come from, _key_parts.py the rule for parts of key heads.
     """
-    arguments.pop("return_lse", None)  # lse is computed in any case
     structs = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
-        for name, x in {"q": q, "k": k, "v": v}.items()
+        name: _arguments.struct(x, name) for name, x in {"q": q, "k": k, "v": v}.items()
     }
-    found: dict[str, Any] = {}
-
-    def canonical(*arrays: jax.Array) -> None:
-        *_, found["spec"], found["chosen"] = canonicalize(
-            dict(zip(structs, arrays, strict=True)), "none", **arguments
-        )
-
-    jax.eval_shape(canonical, *structs.values())
-    spec, chosen = found["spec"], found["chosen"]
+    # lse is computed in any case.
+    _arguments.static_flag(arguments.pop("return_lse", False), "return_lse")
+    spec, chosen = _canonical(structs, arguments)
     (batch, seqlen_q, heads, _), seqlen_k = structs["q"].shape, structs["k"].shape[1]
-    for name, array in {"bias": bias, "mask": mask}.items():
-        if array is not None:
-            scores = (batch, heads, seqlen_q, seqlen_k)
-            _arguments.dense_shape(np.shape(array), name, scores)
+    _check_dense({"bias": bias, "mask": mask}, (batch, heads, seqlen_q, seqlen_k))
     head_dim = structs["q"].shape[-1]
     padded = _support.padded_head_dim(head_dim)
     dtype = structs["q"].dtype
@@ -111,9 +103,15 @@ def explain(
     if obstacle:
         return Explanation("jax", obstacle, target, "", "", spec, padded)
     dims = _shapes.dimensions(tuple(structs.values()), "none")
-    parts = _key_parts.key_parts(
-        dims._replace(head_dim=padded), spec, dtype, target, multiprocessors
+    dims = dims._replace(head_dim=padded)
+    _ffi.native.check_sizes(
+        batch=batch,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        heads=heads,
+        head_dim=padded,
     )
+    parts = _key_parts.key_parts(dims, spec, dtype, target, multiprocessors)
     heads_k = {"forward": dims.heads_k, "backward": dims.heads_k * parts}
     tiles = {
         operation: _ffi.native.tiles(
@@ -144,8 +142,37 @@ def explain(
     )
 
 
+def _canonical(
+    structs: dict[str, jax.ShapeDtypeStruct], arguments: dict[str, Any]
+) -> tuple[_spec.AttentionSpec, _spec.Implementation]:
+    optional = {
+        name: _arguments.struct(arguments[name], name)
+        for name in ("alibi_slopes", "dropout_rng")
+        if arguments.get(name) is not None
+    }
+    found: list[Any] = []
+
+    def canonical(arrays: dict[str, jax.Array]) -> None:
+        found.extend(canonicalize(structs, "none", **{**arguments, **arrays})[2:])
+
+    jax.eval_shape(canonical, optional)
+    spec, chosen = found
+    return spec, chosen
+
+
+def _check_dense(given: dict[str, Any], scores: tuple[int, ...]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            array = _arguments.struct(value, name)
+            if name != "mask":  # of which layers make bools
+                _arguments.check_dense_dtype(array.dtype, name)
+            _arguments.dense_shape(array.shape, name, scores)
+
+
 def _target(architecture: str | None) -> tuple[str, int, str]:
     """The architecture, its multiprocessors if known or 0, or why there is none."""
+    if architecture is not None:
+        architecture = _arguments.architecture(architecture)
     if _ffi.native is None:
         return "", 0, _ffi.native_missing
     if architecture is not None:

@@ -32,12 +32,17 @@ def dropout_keep_mask(
         (batch, heads, seqlen_q, seqlen_k) bool, True where kept.
 
     Raises:
-        ValueError: dropout_p is not in (0, 1).
-        TypeError: dropout_rng is not a PRNG key.
+        ValueError: dropout_p is not in (0, 1), or a length is negative.
+        TypeError: dropout_rng is not a PRNG key, or a length not an int that is known
+            when the program is traced.
 
     Source: Philox4x32 with 7 rounds, Salmon et al. 2011 (docs/numerics.md).
     """
     p = _arguments.dropout_p(dropout_p, dropout_rng)
+    batch = _arguments.length(batch, "batch")
+    heads = _arguments.length(heads, "heads")
+    seqlen_q = _arguments.length(seqlen_q, "seqlen_q")
+    seqlen_k = _arguments.length(seqlen_k, "seqlen_k")
     keys = _arguments.dropout_keys(dropout_rng, p, batch, heads)
     if keys is None:
         raise ValueError("dropout_p must be above 0: nothing is dropped at 0.")
@@ -48,6 +53,7 @@ def dropout_keep_mask(
 def override_tiles(operation: str, tiles: str) -> Iterator[None]:
     """Runs every call of an operation with the given kernels inside the context.
 
+    Contexts nest: what one leaves is in force again as it was when it was entered.
     Programs that were compiled before take part: tiles are chosen when a call runs.
     But whether the backward of few heads splits their queries into parts is decided
     when a program is lowered, and it doesn't inside the context: what was lowered
@@ -63,15 +69,22 @@ def override_tiles(operation: str, tiles: str) -> Iterator[None]:
         Nothing.
 
     Raises:
-        ValueError: the operation or the numbers are not of that form.
+        ValueError: the operation, the family or the numbers are not of that form.
+        TypeError: operation or tiles is not a str.
         RuntimeError: the native module is not there.
 
     Source: csrc/launchers/tile_override.h.
     """
     if _ffi.native is None:
         raise RuntimeError(_ffi.native_missing)
-    _ffi.native.override_tiles(operation, tiles)
+    if not _arguments.text(tiles, "tiles"):
+        raise ValueError(
+            "tiles must name a kernel family, such as 'sm80', got '': call without "
+            "override_tiles for the tables' choice."
+        )
+    operation = _arguments.text(operation, "operation")
+    replaced = _ffi.native.override_tiles(operation, tiles)
     try:
         yield
     finally:
-        _ffi.native.override_tiles(operation, "")
+        _ffi.native.override_tiles(operation, replaced)

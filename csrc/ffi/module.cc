@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "ffi/handlers.h"
+#include "launchers/attention_params.h"
 #include "launchers/attention_spec.h"
 #include "launchers/specialization.h"
 #include "launchers/tile_override.h"
@@ -230,8 +231,14 @@ bool is_overridden(const std::string& operation) {
       .has_value();
 }
 
-void override_tiles(const std::string& operation, const std::string& text) {
-  raise_if_error(launchers::override_tiles(operation, text));
+std::string override_tiles(const std::string& operation, const std::string& text) {
+  return value_or_raise(launchers::override_tiles(operation, text));
+}
+
+void check_sizes(std::int64_t batch, std::int64_t seqlen_q, std::int64_t seqlen_k,
+                 std::int64_t heads, std::int64_t head_dim) {
+  raise_if_error(
+      launchers::check_sizes({{}, batch, seqlen_q, seqlen_k, heads, /*heads_k=*/heads, head_dim}));
 }
 
 }  // namespace
@@ -257,6 +264,8 @@ NB_MODULE(_native, module) {
   module.def("driver_version", &driver_version);
   module.def("nvrtc", &nvrtc);
   module.def("cache", &cache);
+  module.def("check_sizes", &check_sizes, nb::arg("batch"), nb::arg("seqlen_q"),
+             nb::arg("seqlen_k"), nb::arg("heads"), nb::arg("head_dim"));
   module.def("override_tiles", &override_tiles, nb::arg("operation"), nb::arg("tiles"));
   module.def("is_overridden", &is_overridden, nb::arg("operation"));
 }

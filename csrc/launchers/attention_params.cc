@@ -18,6 +18,8 @@ constexpr std::int64_t kLargestRow = std::int64_t{1} << 29;
 // Rows of the smallest tile of any kernel: bounds the number of CTAs.
 constexpr std::int64_t kSmallestTile = 16;
 
+constexpr char kJaxInstead[] = ". Pass implementation=\"jax\" for plain JAX.";
+
 // A side without a limit gets a window longer than any sequence.
 int window(std::int64_t size) {
   return static_cast<int>(size < 0 ? kLargestSeqlen : std::min(size, kLargestSeqlen));
@@ -31,19 +33,20 @@ unsigned dropout_threshold(double dropout_p) {
 }  // namespace
 
 Status check_sizes(const AttentionShape& shape) {
-  if (std::max(shape.seqlen_q, shape.seqlen_k) > kLargestSeqlen) {
-    return Status::unimplemented("Sequences of more than 2^28 rows are not supported.");
+  const std::int64_t rows = std::max(shape.seqlen_q, shape.seqlen_k);
+  if (rows > kLargestSeqlen) {
+    return Status::unimplemented("The kernels take sequences of up to 2^28 rows, got " +
+                                 std::to_string(rows) + kJaxInstead);
   }
   if (shape.heads * shape.head_dim > kLargestRow) {
-    return Status::unimplemented(
-        "Rows of more than 2^29 elements (heads * head_dim) are not "
-        "supported.");
+    return Status::unimplemented("The kernels take heads * head_dim of up to 2^29, got " +
+                                 std::to_string(shape.heads * shape.head_dim) + kJaxInstead);
   }
-  const std::int64_t rows = std::max(shape.seqlen_q, shape.seqlen_k);
   if (shape.batch * shape.heads >
       (std::int64_t{1} << 31) / std::max<std::int64_t>(1, ceil_div(rows, kSmallestTile))) {
-    return Status::unimplemented(
-        "batch * heads * seqlen is too large for one launch: split the batch.");
+    return Status::unimplemented("batch * heads * seqlen is too large for one launch, got " +
+                                 std::to_string(shape.batch) + " * " + std::to_string(shape.heads) +
+                                 " * " + std::to_string(rows) + ": split the batch.");
   }
   return Status();
 }

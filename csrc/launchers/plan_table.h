@@ -20,7 +20,7 @@ namespace jax_flash_attn::launchers {
 
 // Everything that distinguishes one set of kernels from another.
 struct PlanKey {
-  // Device, tile setting, head dim, feature bits and length class; the backward adds bits of its own.
+  // Device, tile setting, head dim, feature bits and length class; a backward adds bits.
   std::array<std::int32_t, 4> values;
 
   bool operator==(const PlanKey& other) const { return values == other.values; }

@@ -1,6 +1,6 @@
 #include "launchers/specialization.h"
 
-#include <cstdlib>
+#include <charconv>
 
 #include "launchers/sm80_tiles.h"
 #include "launchers/sm90_tiles.h"
@@ -57,6 +57,15 @@ std::string program(const std::string& include, const std::string& config, int t
 std::string needs_shared(const std::string& shapes, int bytes) {
   return "static_assert(jfa::" + shapes + "<Config>::kSharedBytes == " + std::to_string(bytes) +
          ", \"the host asks for other than this\");\n";
+}
+
+// 0 where the name is not "sm_" and digits: with a letter behind them it is another architecture.
+int architecture_number(const std::string& name) {
+  const std::string prefix = "sm_";
+  if (name.compare(0, prefix.size(), prefix) != 0) return 0;
+  const char* const end = name.data() + name.size();
+  int number = 0;
+  return std::from_chars(name.data() + prefix.size(), end, number).ptr == end ? number : 0;
 }
 
 Status check_head_dim(const AttentionShape& shape) {
@@ -414,7 +423,7 @@ StatusOr<Target> device_target(int compute_capability, int shared_bytes, int mul
 }
 
 StatusOr<Target> named_target(const std::string& architecture) {
-  const int number = architecture.rfind("sm_", 0) == 0 ? std::atoi(architecture.c_str() + 3) : 0;
+  const int number = architecture_number(architecture);
   if (number < kOldestComputeCapability) {
     return Status::invalid_argument("architecture must be sm_80 or newer, such as sm_90, got '" +
                                     architecture + "'.");

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <charconv>
 #include <mutex>
+#include <utility>
 
 #include "launchers/sm80_tiles.h"
 #include "launchers/sm90_tiles.h"
@@ -90,20 +91,20 @@ StatusOr<std::optional<TileOverride>> parse_tile_override(const std::string& ope
                                   text + "'.");
 }
 
-Status override_tiles(const std::string& operation, const std::string& text) {
+StatusOr<std::string> override_tiles(const std::string& operation, const std::string& text) {
   JFA_ASSIGN_OR_RETURN(std::optional<TileOverride> parsed, parse_tile_override(operation, text));
   Overrides& state = overrides();
   const bool is_forward = operation == "forward";
   std::lock_guard<std::mutex> lock(state.mutex);
   (is_forward ? state.forward : state.backward) = std::move(parsed);
   std::array<std::string, 2> texts = state.settings[state.setting.load()];
-  texts[is_forward ? 0 : 1] = text;
+  std::string replaced = std::exchange(texts[is_forward ? 0 : 1], text);
   const auto begin = state.settings.begin();
   const auto found = std::find(begin, state.settings.end(), texts);
   const auto index = static_cast<int>(found - begin);
   if (found == state.settings.end()) state.settings.push_back(std::move(texts));
   state.setting.store(index);
-  return Status();
+  return replaced;
 }
 
 std::optional<TileOverride> forward_override() {

@@ -30,7 +30,9 @@ runtime::StatusOr<std::optional<TileOverride>> parse_tile_override(const std::st
                                                                    const std::string& text);
 
 // Sets what every call of an operation in this process is forced to, until it is called again.
-runtime::Status override_tiles(const std::string& operation, const std::string& text);
+// Returns the text that was in force.
+runtime::StatusOr<std::string> override_tiles(const std::string& operation,
+                                              const std::string& text);
 std::optional<TileOverride> forward_override();
 std::optional<TileOverride> backward_override();
 // A number for what both operations are forced to, the same whenever that is the same: a choice

@@ -24,7 +24,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jax_flash_attn import _ffi, _spec, _support
+from jax_flash_attn import _arguments, _ffi, _spec, _support
 from jax_flash_attn.cli import progress
 
 _WINDOW = 1024
@@ -191,7 +191,9 @@ def _obstacle() -> str:
 
 def _jobs(options: argparse.Namespace) -> Iterator[Job]:
     """Every job asked for; raises where the native module refuses one."""
-    architectures = options.architecture or _architectures_here()
+    architectures = [
+        _arguments.architecture(name) for name in options.architecture or ()
+    ] or _architectures_here()
     operations = ("forward",) if options.forward_only else ("forward", "backward")
     for dtype, head_dim, architecture, spec, operation in itertools.product(
         options.dtype or ("bfloat16",),

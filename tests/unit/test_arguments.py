@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,11 @@ VALUES = {
     "softcap_nan": ({"softcap": float("nan")}, "softcap"),
     "implementation": ({"implementation": "triton"}, "implementation"),
     "implementation_none": ({"implementation": None}, "implementation"),
+    "implementation_array": (
+        {"implementation": np.array(["auto", "jax"])},
+        "implementation",
+    ),
+    "idle_keys": ({"dropout_rng": jax.random.split(KEY)}, "dropout_rng"),
 }
 
 
@@ -143,6 +149,8 @@ TYPES = {
         {"dropout_p": 0.1, "dropout_rng": np.zeros((3, 2), np.uint32)},
         "dropout_rng",
     ),
+    "idle_key_text": ({"dropout_rng": "seed"}, "dropout_rng"),
+    "idle_key_floats": ({"dropout_rng": np.zeros(2)}, "dropout_rng"),
     "window_int": ({"window_size": 3}, "window_size"),
     "window_none": ({"window_size": None}, "window_size"),
     "window_text": ({"window_size": "ab"}, "window_size"),
@@ -195,15 +203,34 @@ def test_remedy_for_a_traced_number(name, remedy):
         jax.jit(lambda traced: plain(**{name: traced}))(0.5)
 
 
-def test_traced_window():
-    with pytest.raises(TypeError, match=named("window_size")):
-        jax.jit(lambda left: plain(window_size=(left, 0)))(3)
+@pytest.mark.parametrize("name", ["causal", "deterministic", "return_lse"])
+def test_remedy_for_a_traced_flag(name):
+    with pytest.raises(TypeError, match=named(name, "static_argnames", "partial")):
+        jax.jit(lambda traced: plain(**{name: traced}))(True)
+
+
+@pytest.mark.parametrize("window", [(3, 0), np.array([3, 0])], ids=["pair", "array"])
+def test_traced_window(window):
+    with pytest.raises(TypeError, match=named("window_size", "static_argnames")):
+        jax.jit(lambda traced: plain(window_size=traced))(window)
+
+
+def test_traced_local_window():
+    with pytest.raises(TypeError, match=named("local_window_size", "static_argnames")):
+        jax.jit(lambda traced: jax_nn_style(local_window_size=traced))(3)
 
 
 def test_arrays_of_one_number_are_numbers():
     for number in (np.float32(0.5), np.array(0.5), jnp.float32(0.5), 1):
         plain(softmax_scale=number, softcap=number)
     plain(causal=np.bool_(True), window_size=[np.int64(3), 2])
+    for size in (3, np.int64(3), (np.int32(3), 2)):
+        jax_nn_style(local_window_size=size)
+
+
+@pytest.mark.parametrize("key", [None, KEY, jax.random.key_data(KEY)], ids=type)
+def test_a_key_that_nothing_is_drawn_from_is_taken(key):
+    plain(dropout_rng=key)
 
 
 def test_return_attn_probs_is_refused_by_name():
@@ -317,6 +344,7 @@ DOT_PRODUCT = {
         "local_window_size",
     ),
     "window_float": ({"local_window_size": 2.0}, TypeError, "local_window_size"),
+    "window_bool": ({"local_window_size": True}, TypeError, "local_window_size"),
     "implementation": ({"implementation": "cudnn"}, ValueError, "implementation"),
     "bias_rank": ({"bias": DENSE[None]}, ValueError, "bias"),
     "bias_shape": ({"bias": DENSE[..., 1:]}, ValueError, "bias"),
@@ -343,6 +371,23 @@ DOT_PRODUCT = {
 def test_dot_product_attention(arguments, error, name):
     with pytest.raises(error, match=named(name)):
         jax_nn_style(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "given"),
+    [
+        ({"key": KEYS}, KEYS),
+        ({"key": KEYS[1:], "value": KEYS}, KEYS),
+        ({"key": (SK, HK, 32)}, (SK, HK, 32)),
+        ({"key": KEYS[1:], "value": (SQ, HK, D)}, (SQ, HK, D)),
+    ],
+    ids=["key_rank", "value_rank", "head_dim", "value_length"],
+)
+def test_errors_without_a_batch_name_shapes_that_were_passed(shapes, given):
+    name = "value" if "value" in shapes else "key"
+    with pytest.raises(ValueError, match=named(name, re.escape(str(given)))) as error:
+        jax_nn_style(query=QUERIES[1:], **shapes)
+    assert "(1, " not in str(error.value)
 
 
 def test_dot_product_attention_traced_scale():
@@ -376,9 +421,63 @@ def test_cuda_refuses_other_platforms():
         jax.jit(call)(*(jax.device_put(x, cpu) for x in (q, k, k)))
 
 
+LENGTHS = {"batch": B, "heads": H, "seqlen_q": SQ, "seqlen_k": SK}
+
+
 def test_keep_mask_arguments():
     keep_mask = jax_flash_attn.testing.dropout_keep_mask
     with pytest.raises(ValueError, match="dropout_p"):
         keep_mask(KEY, 0.0, B, H, SQ, SK)
     with pytest.raises(TypeError, match="dropout_rng"):
         keep_mask(0, 0.5, B, H, SQ, SK)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (-1, ValueError, "at least 0"),
+        (2.0, TypeError, "an int"),
+        (True, TypeError, "an int"),
+        ("2", TypeError, "an int"),
+        (None, TypeError, "an int"),
+    ],
+)
+def test_keep_mask_lengths(name, value, error, text):
+    keep_mask = jax_flash_attn.testing.dropout_keep_mask
+    with pytest.raises(error, match=named(name, text)):
+        keep_mask(KEY, 0.5, **dict(LENGTHS, **{name: value}))
+
+
+def test_keep_mask_of_a_traced_length():
+    keep_mask = jax_flash_attn.testing.dropout_keep_mask
+    with pytest.raises(TypeError, match=named("seqlen_k", "static_argnames")):
+        jax.jit(lambda length: keep_mask(KEY, 0.5, B, H, SQ, length))(SK)
+
+
+def test_keep_mask_takes_numpy_ints_and_no_rows():
+    keep_mask = jax_flash_attn.testing.dropout_keep_mask
+    ints = {name: np.int64(value) for name, value in LENGTHS.items()}
+    assert keep_mask(KEY, 0.5, **ints).shape == (B, H, SQ, SK)
+    assert keep_mask(KEY, 0.5, **dict(ints, seqlen_q=0)).shape == (B, H, 0, SK)
+
+
+OVERRIDES = {
+    "no_tiles": (("backward", ""), ValueError, "tiles", "family"),
+    "tiles_none": (("backward", None), TypeError, "tiles", "str"),
+    "tiles_numbers": (("forward", (64, 64)), TypeError, "tiles", "str"),
+    "operation_none": ((None, "sm80"), TypeError, "operation", "str"),
+    "operation": (("sideways", "sm80"), ValueError, "operation", "forward"),
+    "family": (("forward", "sm70"), ValueError, "tiles", "family"),
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name", "text"), OVERRIDES.values(), ids=OVERRIDES
+)
+def test_override_tiles_arguments(arguments, error, name, text):
+    with (
+        pytest.raises(error, match=named(name, text)),
+        jax_flash_attn.testing.override_tiles(*arguments),
+    ):
+        pass

@@ -268,7 +268,12 @@ def test_compile_refuses_a_disabled_cache(capsys, native):
 
 @pytest.mark.parametrize(
     ("argument", "text"),
-    [("--head-dim=300", "head dims from 1 to 256"), ("--architecture=90", "sm_80")],
+    [
+        ("--head-dim=300", "head dims from 1 to 256"),
+        ("--architecture=90", "sm_80"),
+        ("--architecture=sm_90a", "got 'sm_90a'"),
+        ("--architecture=sm_900", "got 'sm_900'"),
+    ],
 )
 def test_compile_refuses_wrong_arguments(capsys, native, argument, text):
     assert compile_(argument) == 2

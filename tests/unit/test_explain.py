@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jax_flash_attn import Explanation, _spec, explain, testing
@@ -243,6 +244,21 @@ def test_takes_arrays():
     assert found == explain(*structs(), architecture="sm_90")
 
 
+def test_takes_shapes_and_dtypes_for_every_array():
+    key = jax.random.key(0)
+    for rng in (key, jax.random.key_data(key)):
+        arrays = {"alibi_slopes": jnp.ones(4), "dropout_rng": rng}
+        shapes = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()
+        }
+        found, right = (
+            explain(*structs(), architecture="sm_90", dropout_p=0.1, **given)
+            for given in (shapes, arrays)
+        )
+        assert found == right
+        assert (found.spec.alibi, found.spec.dropout) == (True, True)
+
+
 def test_limits_that_hide_nothing_are_dropped():
     found = explain(*structs(), architecture="sm_90", window_size=(119, 99))
     assert found.spec == _spec.AttentionSpec(64**-0.5)
@@ -288,6 +304,76 @@ def test_wrong_arguments_are_refused_as_by_the_call():
         explain(*structs(), architecture="sm_90", causal=1)
     with pytest.raises(NotImplementedError, match="return_attn_probs"):
         explain(*structs(), architecture="sm_90", return_attn_probs=True)
+    with pytest.raises(TypeError, match=r"^return_lse must"):
+        explain(*structs(), architecture="sm_90", return_lse="yes")
+    for value, error in ((0, ValueError), ("steep", TypeError), ([1], ValueError)):
+        with pytest.raises(error, match=r"^alibi_slopes must"):
+            explain(*structs(), architecture="sm_90", alibi_slopes=value)
+    for value in (0, "seed", jax.ShapeDtypeStruct((2,), jnp.float32)):
+        with pytest.raises(TypeError, match=r"^dropout_rng must"):
+            explain(*structs(), architecture="sm_90", dropout_rng=value)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (None, TypeError),
+        ("text", TypeError),
+        (object(), TypeError),
+        ([[1.0]], ValueError),
+        (np.float32(1.0), ValueError),
+    ],
+)
+def test_what_is_no_such_array_is_refused_by_name(name, value, error):
+    arrays = dict(zip("qkv", structs(dtype=jnp.float32), strict=True))
+    with pytest.raises(error, match=f"^{name} must"):
+        explain(**{**arrays, name: value}, architecture="sm_90")
+
+
+def test_a_call_that_is_too_large_for_the_kernels():
+    for sizes, text in (
+        ({"seqlen_q": 2**28 + 1}, r"2\^28 rows, got 268435457"),
+        ({"batch": 2**20, "seqlen_q": 2**14}, "1048576 .* split the batch"),
+    ):
+        with pytest.raises(NotImplementedError, match=text):
+            explain(*structs(**sizes), architecture="sm_90")
+        found = explain(*structs(**sizes), implementation="jax")
+        assert found.implementation == "jax"
+    assert explain(*structs(seqlen_q=2**28), architecture="sm_90").forward
+    x = jax.ShapeDtypeStruct((1, 1, 2**23, 65), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"heads \* head_dim of .* 2\^29"):
+        explain(x, x, x, architecture="sm_90")
+
+
+def test_a_bias_of_other_than_floats():
+    array = jax.ShapeDtypeStruct((120,), jnp.int32)
+    with pytest.raises(TypeError, match=r"^bias must be floats, got int32"):
+        explain(*structs(), architecture="sm_90", bias=array)
+    with pytest.raises(TypeError, match=r"^mask must be an array"):
+        explain(*structs(), architecture="sm_90", mask="causal")
+
+
+def test_overrides_of_tiles_nest():
+    def families():
+        found = explain(*structs(), architecture="sm_90")
+        return found.forward.split(" ")[0], found.backward.split(" ")[0]
+
+    chosen = families()
+    with testing.override_tiles("forward", "sm80"):
+        outer = families()
+        with testing.override_tiles("backward", "sm80"):
+            both = families()
+            with testing.override_tiles("forward", "sm90"):
+                assert families() == ("sm90", "sm80")
+            assert families() == both
+        assert families() == outer
+    assert families() == chosen
+    assert (chosen, outer, both) == (
+        ("sm90", "sm90"),
+        ("sm80", "sm90"),
+        ("sm80", "sm80"),
+    )
 
 
 @pytest.mark.parametrize("name", ["bias", "mask"])
@@ -301,7 +387,28 @@ def test_dense_arrays_have_the_shape_of_the_scores(name):
             explain(*structs(), architecture="sm_90", **{name: jnp.zeros(shape)})
 
 
-@pytest.mark.parametrize("architecture", ["sm_75", "hopper", "", "90"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "sm_75",
+        "hopper",
+        "",
+        "90",
+        "sm_90a",
+        "sm_99",
+        "sm_900",
+        "sm_",
+        "sm_090",
+    ],
+)
 def test_wrong_architecture(architecture):
     with pytest.raises(ValueError, match="architecture must be sm_80 or newer"):
+        explain(*structs(), architecture=architecture)
+    with pytest.raises(ValueError, match="architecture must be sm_80 or newer"):
+        explain(*structs(), architecture=architecture, implementation="jax")
+
+
+@pytest.mark.parametrize("architecture", [90, 9.0, b"sm_90", ("sm_90",)])
+def test_architecture_that_is_no_name(architecture):
+    with pytest.raises(TypeError, match=r"^architecture must be a str, got"):
         explain(*structs(), architecture=architecture)
