@@ -132,14 +132,18 @@ def _check_ranks(
             )
 
 
+def _traced(value: Any, name: str, taken: str, remedy: str = _STATIC_REMEDY) -> str:
+    return (
+        f"{name} must be {taken}, known when the program is traced, got a traced value "
+        f"{value}. {remedy}"
+    )
+
+
 def static_number(value: Any, name: str) -> float:
     """A finite Python float; refuses what is only known at run time."""
     if isinstance(value, jax.core.Tracer):
         remedy = _IN_PLACE_OF_TRACED.get(name, "Pass a Python or NumPy number.")
-        raise TypeError(
-            f"{name} must be a Python number, known when the program is traced, got "
-            f"a traced value {value}. {remedy}"
-        )
+        raise TypeError(_traced(value, name, "a Python number", remedy))
     if isinstance(value, np.ndarray | jax.Array) and value.ndim == 0:
         value = value.item()
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
@@ -166,13 +170,6 @@ def static_flag(value: Any, name: str) -> bool:
     if isinstance(value, jax.core.Tracer):
         raise TypeError(_traced(value, name, "True or False"))
     raise TypeError(f"{name} must be True or False, got {value!r}.")
-
-
-def _traced(value: Any, name: str, taken: str) -> str:
-    return (
-        f"{name} must be {taken}, known when the program is traced, got a traced value "
-        f"{value}. {_STATIC_REMEDY}"
-    )
 
 
 def length(value: Any, name: str) -> int:
@@ -226,6 +223,11 @@ def dropout_p(
     return p
 
 
+def is_int(value: Any) -> bool:
+    """Whether a value is an int of Python's or NumPy's, and not a bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def window(value: Any, causal: bool, name: str = "window_size") -> tuple[int, int]:
     """The window as (left, right); causal limits the right side to 0."""
     sides = value if isinstance(value, Sequence) else (value,)
@@ -238,7 +240,7 @@ def window(value: Any, causal: bool, name: str = "window_size") -> tuple[int, in
             f"{name} must be a pair (left, right), got {len(value)} values: {value!r}."
         )
     for side in value:
-        if isinstance(side, bool) or not isinstance(side, numbers.Integral):
+        if not is_int(side):
             raise TypeError(f"{name} must hold two ints, got {value!r}.")
         if side < -1:
             raise ValueError(

@@ -1,7 +1,6 @@
 """The public attention functions: flash-attn's and jax.nn's interfaces."""
 
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -464,7 +463,7 @@ def _refuse_lengths(query_seq_lengths: Any, key_value_seq_lengths: Any) -> None:
 def _local_window(value: Any, causal: bool) -> tuple[int, int]:
     if value is None:
         return _arguments.window((-1, -1), causal)
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+    if _arguments.is_int(value):
         value = (value, value)
     limits = _arguments.window(value, causal, "local_window_size")
     if min(value) < 0:

@@ -87,9 +87,10 @@ def explain(
     # lse is computed in any case.
     _arguments.static_flag(arguments.pop("return_lse", False), "return_lse")
     spec, chosen = _canonical(structs, arguments)
-    (batch, seqlen_q, heads, _), seqlen_k = structs["q"].shape, structs["k"].shape[1]
-    _check_dense({"bias": bias, "mask": mask}, (batch, heads, seqlen_q, seqlen_k))
-    head_dim = structs["q"].shape[-1]
+    dims = _shapes.dimensions(tuple(structs.values()), "none")
+    scores = (dims.batch, dims.heads, dims.seqlen_q, dims.seqlen_k)
+    _check_dense({"bias": bias, "mask": mask}, scores)
+    head_dim = dims.head_dim
     padded = _support.padded_head_dim(head_dim)
     dtype = structs["q"].dtype
     target, multiprocessors, reason = _target(architecture)
@@ -102,15 +103,14 @@ def explain(
     )
     if obstacle:
         return Explanation("jax", obstacle, target, "", "", spec, padded)
-    dims = _shapes.dimensions(tuple(structs.values()), "none")
     dims = dims._replace(head_dim=padded)
-    _ffi.native.check_sizes(
-        batch=batch,
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        heads=heads,
-        head_dim=padded,
-    )
+    sizes = {
+        "batch": dims.batch,
+        "seqlen_q": dims.seqlen_q,
+        "seqlen_k": dims.seqlen_k,
+        "heads": dims.heads,
+    }
+    _ffi.native.check_sizes(**sizes, head_dim=padded)
     parts = _key_parts.key_parts(dims, spec, dtype, target, multiprocessors)
     heads_k = {"forward": dims.heads_k, "backward": dims.heads_k * parts}
     tiles = {
@@ -120,10 +120,7 @@ def explain(
             str(jnp.dtype(dtype)),
             padded,
             target,
-            seqlen_q=seqlen_q,
-            batch=batch,
-            seqlen_k=seqlen_k,
-            heads=heads,
+            **sizes,
             heads_k=heads_k[operation],
             multiprocessors=multiprocessors,
         )
