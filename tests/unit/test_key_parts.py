@@ -142,6 +142,20 @@ def test_gradients_in_parts(packing, monkeypatch):
         np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "family"),
+    [(64, "sm90"), (128, "sm90"), (136, "sm90split"), (256, "sm90split")],
+)
+def test_key_tiles_are_those_of_the_kernels(head_dim, family):
+    """Otherwise the rule counts others than run (csrc/launchers/sm90_tiles.cc)."""
+    q = jax.ShapeDtypeStruct((1, 2048, 16, head_dim), jnp.bfloat16)
+    with testing.override_tiles("backward", family):
+        tiles = explain(q, q, q, architecture="sm_90").backward
+    dims = _shapes.dimensions((q, q, q), "none")
+    key_tile, *_ = tiles.split(",")[1 if family == "sm90split" else 0].split("x")[1:]
+    assert int(key_tile) == _key_parts._tile_k(dims), tiles
+
+
 def test_explain_tells_them():
     q = jax.ShapeDtypeStruct((1, 2048, 16, 128), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((1, 2048, 4, 128), jnp.bfloat16)
